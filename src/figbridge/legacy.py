@@ -1,0 +1,63 @@
+"""Ordinary connections to the legacy database, the polite way.
+
+Everything that is not the replication stream goes through `connect`: it names itself in pg_stat_activity, fails fast
+when the server is gone, and never leaves a transaction idle.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import psycopg
+from psycopg import conninfo
+
+from figbridge.errors import BridgeError, LegacyUnavailable
+
+SCHEMA: Final = "figbridge"
+
+# SQLSTATE classes whose cause passes by itself: connection, serialization and deadlock, resources, object in use
+# or lock not available, operator intervention. https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PASSING: Final = ("08", "40", "53", "55", "57")
+
+
+def connect(dsn: str, *, purpose: str, autocommit: bool = False) -> psycopg.Connection:
+    """A connection that names itself ``figbridge-<purpose>``. Raises LegacyUnavailable (retryable) or BridgeError."""
+    try:
+        return psycopg.connect(
+            dsn,
+            autocommit=autocommit,
+            application_name=f"figbridge-{purpose}",
+            connect_timeout=conninfo.conninfo_to_dict(dsn).get("connect_timeout") or 10,
+            prepare_threshold=None,  # PgBouncer's transaction mode hands a prepared statement to nobody
+        )
+    except psycopg.OperationalError as error:
+        raise translate(error) from error
+
+
+def describe(dsn: str) -> str:
+    """The DSN without its password, for logs and messages."""
+    try:
+        parts = conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        return "(a DSN that libpq cannot read)"
+    return " ".join(f"{key}={parts[key]}" for key in ("host", "port", "dbname", "user") if parts.get(key))
+
+
+def translate(error: psycopg.Error) -> BridgeError:
+    """The psycopg error as one of ours: LegacyUnavailable when its SQLSTATE says that it passes."""
+    state = error.sqlstate
+    text = str(error).strip()
+    if state is None or state.startswith(_PASSING):
+        return LegacyUnavailable(
+            f"the legacy database is not available: {text}", hint="nothing is lost; the bridge tries again"
+        )
+    return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})")
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise psycopg's errors inside as ours."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise translate(error) from error

@@ -1,0 +1,38 @@
+"""Every Prometheus series, declared once; stages receive what they count with.
+
+README's metrics table is tested against this file.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Metrics:
+    """All series of one bridge, in a registry of its own (a second bridge in one process must not share them)."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+
+        self.captured = self._counter("forward_changes", "Row changes read from the slot, echoes included.", "table", "operation")
+        self.published = self._counter("forward_published", "Events that are durable at the sink.", "sink")
+        self.echoes = self._counter("forward_echoes", "Row changes of our own reverse transactions, not published.")
+        self.rejected = self._counter("forward_rejected", "Entries that the sink refused, by the service's code.", "sink", "code")
+        self.forward_dead = self._counter("forward_dead_letters", "Events that went to the dead letters instead of the sink.")
+        self.reconnects = self._counter("forward_connections", "Replication connections that were opened.")
+        self.lag_bytes = self._gauge("forward_lag_bytes", "WAL between the server's end and what is acknowledged.")
+        self.lag_seconds = self._gauge("forward_lag_seconds", "Age of the newest published transaction when it was published.")
+        self.buffered_events = self._gauge("forward_buffered_events", "Events that wait for the sink.")
+        self.buffered_bytes = self._gauge("forward_buffered_bytes", "Bytes of the events that wait for the sink.")
+        self.flushed_lsn = self._gauge("forward_flushed_lsn", "The acknowledged LSN as an integer.")
+
+        self.outcomes = self._counter("reverse_events", "Events of the new system by outcome: applied, duplicate, ignored, retried, dead_letter.", "outcome")
+        self.apply_seconds = Histogram(
+            "reverse_apply_seconds", "Seconds of one legacy transaction of ours.", namespace="figbridge", registry=self.registry
+        )
+
+        self.ready = self._gauge("ready", "1 when a part of the bridge is ready, by part.", "part")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(name, text, labels, namespace="figbridge", registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(name, text, labels, namespace="figbridge", registry=self.registry)

@@ -1,0 +1,157 @@
+"""Where events go to and come from: two protocols, and one file for each transport.
+
+A **sink tries once**. It returns the entries that the service refused and raises when nothing is known; retry lives
+in `figbridge.retry` and order in `figbridge.forward.publish`, so that no sink can get either wrong. (Debezium
+Server's sinks each retry by hand; one of them sends a failed record after its later siblings.)
+
+A **source hands out deliveries**, each of which is settled exactly once: acknowledged after the legacy transaction
+committed, or released to be delivered again.
+
+Transports do not know each other, and only this package knows boto3.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, assert_never
+
+from figbridge.config import (
+    EventBridgeSinkSection,
+    FileSinkSection,
+    LocalSinkSection,
+    LocalSourceSection,
+    SinkSection,
+    SourceSection,
+    SqsSourceSection,
+    StdoutSinkSection,
+)
+
+if TYPE_CHECKING:
+    from figbridge.event import Event, Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one request may hold, as data: the batcher reads it, nobody asks a sink what it is.
+
+    entries      most entries in a request
+    entry_bytes  most bytes of one entry, by the sink's own `Sink.size`
+    batch_bytes  most bytes of a request
+    partial      the service may take some entries of a request and refuse others. Then a request never holds two
+                 events of one key: were the first refused and the second taken, their order would be lost whatever
+                 we do next.
+    """
+
+    entries: int
+    entry_bytes: int
+    batch_bytes: int
+    partial: bool
+
+
+class Sink(Protocol):
+    """Where events are published to.
+
+    Calls come from one thread at a time: `check` once before anything, `publish` any number of times, `close` last.
+    The same event may come again, under the same id.
+    """
+
+    @property
+    def name(self) -> str:
+        """The label of the sink in metrics and logs."""
+
+    @property
+    def limits(self) -> Limits:
+        """See `Limits`."""
+
+    def size(self, event: "Event") -> int:
+        """Bytes that `event` counts for, by the service's own formula."""
+
+    def check(self) -> None:
+        """Prove that the destination exists and may be written to.
+
+        Raises SinkRefused with the remedy if not, SinkUnavailable if it did not answer.
+        """
+
+    def publish(self, events: "Sequence[Event]") -> "Sequence[Rejection]":
+        """Try once, within `limits`. Return the refused entries; all others are durable when this returns.
+
+        Raises SinkUnavailable when it is not known that any was accepted, SinkRefused when none ever will be.
+        """
+
+    def close(self) -> None:
+        """Release what is held. May be called twice."""
+
+
+class Delivery(Protocol):
+    """One message of a source, in our hands until it is settled by exactly one of `ack` and `nack`."""
+
+    @property
+    def body(self) -> bytes:
+        """The message as it came; it may be anything at all."""
+
+    @property
+    def attempts(self) -> int:
+        """How often it has been delivered, this time included; 1 for the first."""
+
+    def ack(self) -> None:
+        """It is done with. Call only after the legacy transaction committed. Raises QueueUnavailable."""
+
+    def nack(self, *, delay: float = 0.0) -> None:
+        """Deliver it again, not before `delay` seconds have passed. Raises QueueUnavailable."""
+
+
+class Source(Protocol):
+    """Where the new system's events come from. Called from one thread."""
+
+    @property
+    def name(self) -> str:
+        """The label of the source in metrics and logs."""
+
+    def check(self) -> None:
+        """Prove that the queue exists and may be read. Raises QueueError with the remedy if not."""
+
+    def receive(self, *, wait: float) -> "Sequence[Delivery]":
+        """Up to the transport's batch of messages, oldest first; empty after `wait` seconds without any.
+
+        Raises QueueUnavailable when the queue does not answer.
+        """
+
+    def close(self) -> None:
+        """Release what is held; unsettled messages will be delivered again. May be called twice."""
+
+
+def open_sink(section: SinkSection) -> Sink:
+    """The sink that a configuration section describes. Imports its transport only now: boto3 costs 0.2 s."""
+    match section:
+        case FileSinkSection():
+            from figbridge.transports.file import FileSink  # noqa: PLC0415
+
+            return FileSink(section.path)
+        case StdoutSinkSection():
+            from figbridge.transports.stdout import StdoutSink  # noqa: PLC0415
+
+            return StdoutSink()
+        case LocalSinkSection():
+            from figbridge.transports.local import LocalSink  # noqa: PLC0415
+
+            return LocalSink(section.path)
+        case EventBridgeSinkSection():
+            from figbridge.transports.eventbridge import EventBridgeSink  # noqa: PLC0415
+
+            return EventBridgeSink(section)
+        case _:
+            assert_never(section)
+
+
+def open_source(section: SourceSection) -> Source:
+    """The source that a configuration section describes."""
+    match section:
+        case LocalSourceSection():
+            from figbridge.transports.local import LocalSource  # noqa: PLC0415
+
+            return LocalSource(section.path, subscriber=section.subscriber, sources=section.sources)
+        case SqsSourceSection():
+            from figbridge.transports.sqs import SqsSource  # noqa: PLC0415
+
+            return SqsSource(section)
+        case _:
+            assert_never(section)
