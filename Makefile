@@ -1,0 +1,53 @@
+# One door to everything; each target does its own set-up in .venv and needs only Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/pip --disable-pip-version-check --quiet
+# docker builds and wheels pin with the same file
+PINS   := -c deploy/constraints.txt
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## both directions, live, on an embedded PostgreSQL (DEMO_ARGS="--duration 10 --bus aws-emulator")
+	$(BIN)/figbridge demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## all tests, on real PostgreSQL servers and an AWS emulator (TEST_ARGS="-k decode")
+	$(BIN)/pytest $(TEST_ARGS)
+
+check: $(VENV)/.dev  ## linters, types, import contracts
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## let ruff format and mend what it can
+	$(BIN)/ruff format src tests
+	$(BIN)/ruff check --fix src tests
+
+bench: $(VENV)/.dev  ## speed as ratios against peers, in one run
+	$(BIN)/python -m tests.bench
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "figbridge needs Python 3.11 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "this Python has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip --disable-pip-version-check --quiet install $(PINS) --upgrade pip
+
+$(VENV)/.demo: pyproject.toml deploy/constraints.txt | $(BIN)/pip
+	$(PIP) install $(PINS) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml deploy/constraints.txt | $(BIN)/pip
+	$(PIP) install $(PINS) -e '.[demo]' --group dev
+	@touch $@ $(VENV)/.demo
