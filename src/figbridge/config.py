@@ -48,9 +48,7 @@ def split_table(text: str) -> tuple[str, str]:
     match = _TABLE.fullmatch(text)
     if match is None:
         raise ValueError(f'{text!r} is not of the form schema.table (quote odd names: "My Schema"."T")')
-    schema, table = (
-        part[1:-1].replace('""', '"') if part.startswith('"') else part.lower() for part in match.groups()
-    )
+    schema, table = (part[1:-1].replace('""', '"') if part.startswith('"') else part.lower() for part in match.groups())
     return schema, table
 
 
@@ -107,8 +105,10 @@ class EventBridgeSinkSection(AwsSection):
     """Amazon EventBridge, by PutEvents."""
 
     type: Literal["eventbridge"]
-    bus: str = Field(description="Name or ARN of the event bus. Looked up before it is used: an unknown bus loses "
-                                 "events with a success status.")
+    bus: str = Field(
+        description="Name or ARN of the event bus. Looked up before it is used: an unknown bus loses "
+        "events with a success status."
+    )
 
 
 class FileSinkSection(Section):
@@ -156,7 +156,9 @@ class ForwardSection(Section):
     """The forward path: legacy changes leave as events."""
 
     sink: SinkSection = Field(description="Where events go.")
-    source: str = Field("legacy.{database}", description="Template of the event's source: {database}, {schema}, {table}.")
+    source: str = Field(
+        "legacy.{database}", description="Template of the event's source: {database}, {schema}, {table}."
+    )
     detail_type: str = Field(
         "{table}.{operation}",
         alias="detail-type",
@@ -280,7 +282,9 @@ class ReverseSection(Section):
 class HttpSection(Section):
     """Metrics and probes."""
 
-    listen: str = Field("127.0.0.1:9464", pattern=r"^.+:\d{1,5}$", description="host:port of /metrics, /livez, /readyz.")
+    listen: str = Field(
+        "127.0.0.1:9464", pattern=r"^.+:\d{1,5}$", description="host:port of /metrics, /livez, /readyz."
+    )
 
     @property
     def address(self) -> tuple[str, int]:
@@ -342,9 +346,11 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
@@ -362,14 +368,19 @@ def _expand(value: Any, environment: Mapping[str, str], where: str, problems: li
                 found = environment.get(match["name"], match["default"])
                 if not found and match["default"] is None:
                     problems.append(
-                        Problem(where, f"the environment variable {match['name']} is not set",
-                                f"set it, or write ${{{match['name']}:-default}}")
+                        Problem(
+                            where,
+                            f"the environment variable {match['name']} is not set",
+                            f"set it, or write ${{{match['name']}:-default}}",
+                        )
                     )
                 return found or ""
 
             return _VARIABLE.sub(replace, value)
         case dict():
-            return {key: _expand(item, environment, f"{where}.{key}".strip("."), problems) for key, item in value.items()}
+            return {
+                key: _expand(item, environment, f"{where}.{key}".strip("."), problems) for key, item in value.items()
+            }
         case list():
             return [_expand(item, environment, f"{where}.{index}", problems) for index, item in enumerate(value)]
     return value

@@ -89,8 +89,15 @@ class FileDeadLetterStore:
         """See `DeadLetters.add`."""
         for letter in letters:
             body = letter.body.decode(errors="backslashreplace")
-            line = {"id": letter.id, "direction": letter.direction, "event_id": letter.event_id,
-                    "reason": letter.reason, "message": letter.message, "attempts": letter.attempts, "body": body}
+            line = {
+                "id": letter.id,
+                "direction": letter.direction,
+                "event_id": letter.event_id,
+                "reason": letter.reason,
+                "message": letter.message,
+                "attempts": letter.attempts,
+                "body": body,
+            }
             self._file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
         self._file.flush()
         os.fsync(self._file.fileno())

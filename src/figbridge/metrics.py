@@ -12,21 +12,36 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
 
-        self.captured = self._counter("forward_changes", "Row changes read from the slot, echoes included.", "table", "operation")
+        self.captured = self._counter(
+            "forward_changes", "Row changes read from the slot, echoes included.", "table", "operation"
+        )
         self.published = self._counter("forward_published", "Events that are durable at the sink.", "sink")
         self.echoes = self._counter("forward_echoes", "Row changes of our own reverse transactions, not published.")
-        self.rejected = self._counter("forward_rejected", "Entries that the sink refused, by the service's code.", "sink", "code")
-        self.forward_dead = self._counter("forward_dead_letters", "Events that went to the dead letters instead of the sink.")
+        self.rejected = self._counter(
+            "forward_rejected", "Entries that the sink refused, by the service's code.", "sink", "code"
+        )
+        self.forward_dead = self._counter(
+            "forward_dead_letters", "Events that went to the dead letters instead of the sink."
+        )
         self.reconnects = self._counter("forward_connections", "Replication connections that were opened.")
         self.lag_bytes = self._gauge("forward_lag_bytes", "WAL between the server's end and what is acknowledged.")
-        self.lag_seconds = self._gauge("forward_lag_seconds", "Age of the newest published transaction when it was published.")
+        self.lag_seconds = self._gauge(
+            "forward_lag_seconds", "Age of the newest published transaction when it was published."
+        )
         self.buffered_events = self._gauge("forward_buffered_events", "Events that wait for the sink.")
         self.buffered_bytes = self._gauge("forward_buffered_bytes", "Bytes of the events that wait for the sink.")
         self.flushed_lsn = self._gauge("forward_flushed_lsn", "The acknowledged LSN as an integer.")
 
-        self.outcomes = self._counter("reverse_events", "Events of the new system by outcome: applied, duplicate, ignored, retried, dead_letter.", "outcome")
+        self.outcomes = self._counter(
+            "reverse_events",
+            "Events of the new system by outcome: applied, duplicate, ignored, retried, dead_letter.",
+            "outcome",
+        )
         self.apply_seconds = Histogram(
-            "reverse_apply_seconds", "Seconds of one legacy transaction of ours.", namespace="figbridge", registry=self.registry
+            "reverse_apply_seconds",
+            "Seconds of one legacy transaction of ours.",
+            namespace="figbridge",
+            registry=self.registry,
         )
 
         self.ready = self._gauge("ready", "1 when a part of the bridge is ready, by part.", "part")

@@ -19,7 +19,7 @@ _log = structlog.get_logger()
 T = TypeVar("T")
 
 
-class Stopped(Exception):  # noqa: N818 (not an error: what a stage raises to end because it was asked to)
+class Stopped(Exception):
     """The bridge was asked to stop while something was still being tried."""
 
 

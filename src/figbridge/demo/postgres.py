@@ -127,9 +127,13 @@ class EmbeddedPostgres:
         self._run("initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "-N")
 
     def _reachable(self) -> bool:
-        probe = subprocess.run(
-            [self._binaries / "postgres", "--version"], capture_output=True, check=False, **self._as_user()
-        ) if os.access(self._binaries, os.X_OK) else None
+        probe = (
+            subprocess.run(
+                [self._binaries / "postgres", "--version"], capture_output=True, check=False, **self._as_user()
+            )
+            if os.access(self._binaries, os.X_OK)
+            else None
+        )
         return probe is not None and probe.returncode == 0
 
     def _copy_binaries(self) -> Path:
@@ -149,8 +153,13 @@ class EmbeddedPostgres:
         with tempfile.TemporaryFile() as output:
             done = subprocess.run(
                 [self._binaries / program, *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=self._root,
-                env={"PATH": os.defpath, "LC_ALL": "C"}, check=False, **self._as_user(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self._root,
+                env={"PATH": os.defpath, "LC_ALL": "C"},
+                check=False,
+                **self._as_user(),
             )
             if done.returncode:
                 output.seek(0)

@@ -12,7 +12,7 @@ Transports do not know each other, and only this package knows boto3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, assert_never
+from typing import Protocol, assert_never
 
 from figbridge.config import (
     EventBridgeSinkSection,
@@ -24,9 +24,7 @@ from figbridge.config import (
     SqsSourceSection,
     StdoutSinkSection,
 )
-
-if TYPE_CHECKING:
-    from figbridge.event import Event, Rejection
+from figbridge.event import Event, Rejection
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +60,7 @@ class Sink(Protocol):
     def limits(self) -> Limits:
         """See `Limits`."""
 
-    def size(self, event: "Event") -> int:
+    def size(self, event: Event) -> int:
         """Bytes that `event` counts for, by the service's own formula."""
 
     def check(self) -> None:
@@ -71,7 +69,7 @@ class Sink(Protocol):
         Raises SinkRefused with the remedy if not, SinkUnavailable if it did not answer.
         """
 
-    def publish(self, events: "Sequence[Event]") -> "Sequence[Rejection]":
+    def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
         """Try once, within `limits`. Return the refused entries; all others are durable when this returns.
 
         Raises SinkUnavailable when it is not known that any was accepted, SinkRefused when none ever will be.
@@ -109,7 +107,7 @@ class Source(Protocol):
     def check(self) -> None:
         """Prove that the queue exists and may be read. Raises QueueError with the remedy if not."""
 
-    def receive(self, *, wait: float) -> "Sequence[Delivery]":
+    def receive(self, *, wait: float) -> Sequence[Delivery]:
         """Up to the transport's batch of messages, oldest first; empty after `wait` seconds without any.
 
         Raises QueueUnavailable when the queue does not answer.
