@@ -93,6 +93,11 @@ class LegacySection(Section):
         min_length=1, description="The tables to publish, as schema.table. Never all tables of a database."
     )
 
+    @property
+    def inbox_publication(self) -> str:
+        """The publication of our own tables: inserts only, so that purging the inbox makes no events."""
+        return f"{self.publication}_inbox"
+
 
 class AwsSection(Section):
     """What every AWS transport shares. Credentials come from boto3's usual chain, never from this file."""
