@@ -1,0 +1,168 @@
+"""One boto3 client for each transport, and what AWS's errors mean for a second try.
+
+Invariant: botocore never tries twice by itself. A retry that `figbridge.retry` does not know of would hide from the
+metrics, would not end when the bridge is asked to stop, and would sleep inside a loop that has keepalives to answer.
+
+Refuses to guess: without a region or credentials nothing starts. botocore would look for them again at each request
+and answer minutes later with an error that names neither.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final
+
+import boto3
+from botocore.config import Config as BotoConfig
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectionError,  # noqa: A004 (botocore's own, which is not a subclass of the built-in one)
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    MetadataRetrievalError,
+    NoRegionError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+)
+from botocore.parsers import ResponseParserError
+
+from figbridge.config import AwsSection
+from figbridge.errors import BridgeError
+
+# What a call of a client raises; nothing else of botocore's concerns a transport.
+ERRORS: Final = (ClientError, BotoCoreError, ResponseParserError)
+
+_CONNECT_TIMEOUT = 3  # seconds; an endpoint that does not answer a SYN by then is not there
+# Seconds without a byte. More than the 20 s of SQS's longest poll, or each poll of an empty queue would be an error:
+# https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/sqs-short-and-long-polling.html
+_READ_TIMEOUT = 30
+
+# https://docs.aws.amazon.com/eventbridge/latest/APIReference/CommonErrors.html and, for the older spellings,
+# https://docs.aws.amazon.com/sdkref/latest/guide/feature-retry-behavior.html ("which errors are retried").
+# The HTTP status alone does not tell: ThrottlingException and RequestExpired are 400.
+_RETRYABLE: Final = frozenset({
+    "BandwidthLimitExceeded",
+    "EC2ThrottledException",
+    "ExpiredToken",  # credentials are refreshed between tries; a bridge that ends at each expiry would be worse
+    "ExpiredTokenException",
+    "InternalError",
+    "InternalException",
+    "InternalFailure",
+    "InternalServerError",
+    "InternalServiceError",
+    "KmsThrottled",
+    "LimitExceededException",
+    "OverLimit",
+    "PriorRequestNotComplete",
+    "ProvisionedThroughputExceededException",
+    "RequestAbortedException",
+    "RequestExpired",  # our clock was off or we were suspended; a new request has a new date
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "ServiceUnavailable",
+    "ServiceUnavailableException",
+    "SlowDown",
+    "ThrottledException",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+    "TransactionInProgressException",
+})  # fmt: skip
+_RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING: Final = (
+    ConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    CredentialRetrievalError,
+    MetadataRetrievalError,
+    ResponseParserError,
+)
+
+_NO_CREDENTIALS: Final = (
+    "give the process a role (ECS task role, EKS service account, instance profile), or set AWS_PROFILE, or set "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; an emulator takes any values"
+)
+
+
+def client(service: str, section: AwsSection, *, validate: bool = True) -> Any:
+    """A boto3 client for `service` (botocore's name: ``events``, ``sqs``), with botocore's retries off.
+
+    Each call makes a Session of its own, because sessions are not thread-safe and clients are:
+    https://docs.aws.amazon.com/boto3/latest/guide/clients.html
+    `validate` False skips botocore's check of the parameters; only for a caller that did its own.
+    Raises BridgeError with a hint when there is no region, profile or credentials. Nothing is called yet.
+    """
+    settings = BotoConfig(
+        # counts the first attempt; without it botocore makes five
+        retries={"total_max_attempts": 1},
+        connect_timeout=_CONNECT_TIMEOUT,
+        read_timeout=_READ_TIMEOUT,
+        tcp_keepalive=True,  # a NAT gateway forgets an idle connection after 350 s and tells nobody
+        parameter_validation=validate,
+        user_agent_extra=f"figbridge/{_version()}",
+    )
+    try:
+        session = boto3.Session(region_name=section.region)
+        credentials = session.get_credentials()
+        made = session.client(service, endpoint_url=section.endpoint_url, config=settings)  # type: ignore[call-overload]  # stubs know literal names
+    except NoRegionError as error:
+        raise BridgeError(
+            f"no AWS region for {service}",
+            hint="set region in this section of the configuration, or AWS_DEFAULT_REGION in the environment",
+        ) from error
+    except (PartialCredentialsError, CredentialRetrievalError) as error:
+        raise BridgeError(f"no AWS credentials for {service}: {error}", hint=_NO_CREDENTIALS) from error
+    except ProfileNotFound as error:
+        raise BridgeError(str(error), hint="mend AWS_PROFILE, or mount the file it is defined in") from error
+    except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint_url that is not a URL
+        raise BridgeError(
+            f"no client for {service}: {error}", hint="check region and endpoint_url of this section"
+        ) from error
+    if credentials is None:
+        raise BridgeError(f"no AWS credentials for {service}", hint=_NO_CREDENTIALS)
+    return made
+
+
+def classify(error: Exception) -> tuple[str, bool]:
+    """(code, retryable) of what a client's call raised: one of `ERRORS`.
+
+    The code is the service's own, or botocore's class name when no service answered.
+    Retryable are throttling, the service's own failures, lost connections, timeouts and expired credentials.
+    """
+    if isinstance(error, ClientError):
+        code = str(error.response.get("Error", {}).get("Code") or "Unknown")
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return code, status in _RETRYABLE_STATUS or retryable(code)
+    name = type(error).__name__
+    if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return name, False  # any other TLS failure may be a connection cut in its handshake
+    return name, isinstance(error, _PASSING)
+
+
+def retryable(code: str) -> bool:
+    """Whether an error code, of a request or of a single entry, says that a later try may succeed."""
+    return code in _RETRYABLE
+
+
+def remedy(code: str, *, action: str, resource: str) -> str:
+    """What the operator does about `code` when the IAM action `action` on `resource` was refused with it."""
+    if "AccessDenied" in code or code.startswith("NotAuthorized"):
+        return f"allow {action} on {resource} to this role; look into the resource's own policy as well"
+    if code in {"UnrecognizedClientException", "InvalidClientTokenId", "InvalidSignatureException"}:
+        return "the credentials are not valid for this region and account; check them, and this machine's clock"
+    if "NotFound" in code or "NonExistent" in code or code == "QueueDoesNotExist":
+        return f"create {resource}, or check its name, the region and the account"
+    if code == "SSLError":
+        return "the endpoint's certificate is not trusted here; name its authority with AWS_CA_BUNDLE"
+    return f"AWS refused {action} on {resource} with {code}; mend what the message says and start again"
+
+
+def _version() -> str:
+    try:
+        return version("figbridge")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0"
