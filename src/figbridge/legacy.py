@@ -61,3 +61,22 @@ def translated() -> Iterator[None]:
         yield
     except psycopg.Error as error:
         raise translate(error) from error
+
+
+def primary_key(dsn: str, schema: str, table: str) -> tuple[str, ...]:
+    """The columns of a table's primary key, in the key's order; empty without one. Raises as `connect`."""
+    with connect(dsn, purpose="catalogue", autocommit=True) as connection, translated():
+        rows = connection.execute(
+            """
+            SELECT a.attname
+            FROM pg_index i
+            JOIN pg_class c ON c.oid = i.indrelid
+            JOIN pg_namespace n ON n.oid = c.relnamespace
+            CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, position)
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+            WHERE i.indisprimary AND n.nspname = %s AND c.relname = %s
+            ORDER BY k.position
+            """,
+            [schema, table],
+        ).fetchall()
+        return tuple(name for (name,) in rows)
