@@ -31,6 +31,7 @@ _log = structlog.get_logger()
 _BATCH_EVENTS = 1000  # a batch goes to the buffer at this size, or as soon as the socket is empty
 _EVENT_OVERHEAD = 500  # bytes of one buffered event beside its detail: measured with tracemalloc, rounded up
 _STATUS_INTERVAL = 10.0  # PostgreSQL's own wal_receiver_status_interval
+_STOP_LATENCY = 0.5  # at most this long until a quiet loop sees that it is to stop
 _RECONNECT = 0.2  # seconds before a new connection after a lost one; failures to connect back off further
 _STATUS_PROGRESS = 0.2  # at most this long after an acknowledgement the server learns of it
 
@@ -215,12 +216,12 @@ class Capture:
             reading = not self._buffer.full
             asked = self._read_what_arrived(opened) if reading else False
             self._status(opened, interval, at_once=asked)
-            self._source.wait(self._until_status(interval), reading=reading)
+            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=reading)
         self._buffer.close()
         _log.info("stopped reading, draining", batches=self._checkpoint.pending)
         while self._checkpoint.pending and not self._buffer.abandoned and not self._halt.is_set():
             self._status(opened, interval, at_once=False)
-            self._source.wait(min(0.5, self._until_status(interval)), reading=False)
+            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=False)
         self._status(opened, interval, at_once=True)
         self._source.finish()
 
