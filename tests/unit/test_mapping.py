@@ -1,0 +1,311 @@
+"""From a message to a statement, without a database: what is understood, what is refused, what is kept exactly."""
+
+import contextlib
+import json
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from figbridge.config import MappingSection
+from figbridge.errors import ConfigError
+from figbridge.event import Received
+from figbridge.reverse.mapping import Malformed, Mapping, Mappings, parse, payload_hash
+
+ENVELOPE: dict[str, Any] = {
+    "version": "0",
+    "id": "e-1",
+    "source": "shop.next",
+    "detail-type": "order.status-changed",
+    "time": "2026-11-23T10:00:00Z",
+    "detail": {"order_id": 42, "status": "paid"},
+}
+
+
+def body(**changes: Any) -> bytes:
+    """The envelope as JSON, with `changes`; a key's underscore is a hyphen, and ... leaves the key out."""
+    merged = {**ENVELOPE, **{key.replace("_", "-"): value for key, value in changes.items()}}
+    return json.dumps({key: value for key, value in merged.items() if value is not ...}).encode()
+
+
+def event(detail: str = '{"order_id": 42, "status": "paid"}', event_id: str = "e-1") -> Received:
+    head = json.dumps({**ENVELOPE, "id": event_id, "detail": None}).removesuffix("null}")
+    return parse(f"{head}{detail}}}".encode())
+
+
+def section(**options: Any) -> MappingSection:
+    given_options = {
+        "match": {"source": "shop.next", "detail-type": "order.status-changed"},
+        "into": "shop.orders",
+        "action": "update",
+        "key": {"id": "detail.order_id"},
+        "set": {"status": "detail.status"},
+    }
+    return MappingSection.model_validate({**given_options, **options})
+
+
+# --- parse
+
+
+def test_an_eventbridge_envelope_is_understood() -> None:
+    received = parse(body())
+    assert (received.id, received.source, received.detail_type) == ("e-1", "shop.next", "order.status-changed")
+    assert received.document["detail"] == {"order_id": 42, "status": "paid"}
+
+
+def test_an_envelope_that_came_by_sns_is_the_same_event() -> None:
+    wrapped = json.dumps({"Type": "Notification", "MessageId": "m", "TopicArn": "t", "Message": body().decode()})
+    assert parse(wrapped.encode()) == parse(body())
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (b"", "the message"),
+        (b"not json", "the message"),
+        (b"[1]", "the message"),
+        (b"null", "the message"),
+        (b"\xff\xfe", "the message"),
+        (b"[" * 100_000, "the message"),
+        (b'{"detail": NaN}', "the message"),
+        (b'{"detail": -Infinity}', "the message"),
+        (b'{"detail": {"n": 1e99999999999999999999}}', "the message"),
+        (body(detail=...), "detail"),
+        (body(detail="text"), "detail"),
+        (body(detail=[1]), "detail"),
+        (body(detail=None), "detail"),
+        (body(id=...), "id"),
+        (body(id=7), "id"),
+        (body(id=""), "id"),
+        (body(id="a\0b"), "id"),
+        (body(id="\ud800"), "id"),
+        (body(source=None), "source"),
+        (body(detail_type=["x"]), "detail-type"),
+        (b'{"Type": "Notification", "Message": "hello"}', "Message of the SNS notification"),
+    ],
+)
+def test_anything_else_is_malformed_and_the_field_is_named(message: bytes, field: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        parse(message)
+    assert caught.value.field == field
+    assert str(caught.value).startswith(field)
+    assert "expected" in str(caught.value)
+    assert caught.value.hint
+
+
+@given(st.binary() | st.recursive(st.none() | st.booleans() | st.text() | st.floats(), st.lists).map(json.dumps))
+def test_no_message_raises_anything_but_malformed(message: bytes | str) -> None:
+    with pytest.raises(Malformed):
+        parse(message if isinstance(message, bytes) else message.encode())
+
+
+def test_the_message_of_an_error_does_not_quote_the_event() -> None:
+    with pytest.raises(Malformed) as caught:
+        Mapping(section(key={"id": "detail.nothing"})).statement(event('{"iban": "DE02100100109307118603"}'))
+    assert "DE02" not in str(caught.value)
+
+
+# --- numbers
+
+
+JSON_NUMBER = st.from_regex(r"\A-?(0|[1-9][0-9]{0,60})(\.[0-9]{1,60})?\Z")
+
+
+@given(JSON_NUMBER)
+def test_every_digit_of_a_number_reaches_the_document(digits: str) -> None:
+    document = Mapping(section()).statement(event(f'{{"order_id": {digits}, "status": "x"}}')).document
+    assert document == f'{{"id":{_same_digits(digits)},"status":"x"}}'
+
+
+def _same_digits(digits: str) -> str:
+    """Decimal writes a small number with an exponent: 0E-7 for 0.0000000. Equal, and with the same scale."""
+    return str(int(digits)) if "." not in digits else str(Decimal(digits))
+
+
+@pytest.mark.parametrize(
+    "digits", ["9" * 5000, "1E+400000", "-0.0", "1.50", "123456789012345678901234567890.0123456789"]
+)
+def test_numbers_of_odd_length_survive(digits: str) -> None:
+    document = Mapping(section()).statement(event(f'{{"order_id": {digits}, "status": "x"}}')).document
+    assert document == f'{{"id":{digits},"status":"x"}}'
+
+
+# --- idempotency key and payload hash
+
+
+def test_the_key_is_the_events_id_unless_the_mapping_names_one() -> None:
+    assert Mapping(section()).idempotency_key(event()) == "e-1"
+    named = Mapping(section(idempotency_key="detail.change"))
+    assert named.idempotency_key(event('{"change": "c-9"}')) == "c-9"
+    assert named.idempotency_key(event('{"change": 12345678901234567890123}')) == "12345678901234567890123"
+
+
+@pytest.mark.parametrize("value", ["null", "true", "1.5", '""', "[1]", '{"a": 1}', r'"\u0000"', r'"\ud800"'])
+def test_a_key_that_is_no_key_is_poison_and_its_path_is_named(value: str) -> None:
+    with pytest.raises(Malformed, match=r"detail\.change \(idempotency_key\)"):
+        Mapping(section(idempotency_key="detail.change")).idempotency_key(event(f'{{"change": {value}}}'))
+
+
+def test_an_absent_key_is_poison_too() -> None:
+    with pytest.raises(Malformed, match=r"detail\.change \(idempotency_key\)"):
+        Mapping(section(idempotency_key="detail.change")).idempotency_key(event("{}"))
+
+
+def test_the_payload_hash_knows_no_order_and_no_spaces_but_every_digit() -> None:
+    first = payload_hash(event('{"a": 1, "b": {"c": 2.50, "d": [1, 2]}}'))
+    assert payload_hash(event('{"b":{"d":[1,2],"c":2.50},"a":1}', event_id="another")) == first
+    assert payload_hash(event('{"a": 1, "b": {"c": 2.5, "d": [1, 2]}}')) != first
+    assert payload_hash(event('{"a": 1, "b": {"c": 2.50, "d": [2, 1]}}')) != first
+
+
+def test_nesting_is_hashed_as_far_as_the_stack_goes_and_then_refused() -> None:
+    def nested(levels: int) -> str:
+        return f'{{"a": {"[" * levels}{"]" * levels}}}'
+
+    assert payload_hash(event(nested(100))) != payload_hash(event(nested(101)))
+    for levels in (900, 50_000):  # how far the stack goes is the interpreter's affair
+        with contextlib.suppress(Malformed):
+            payload_hash(event(nested(levels)))
+    with pytest.raises(Malformed):
+        event(nested(50_000))
+
+
+# --- statements
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            {},
+            (
+                'UPDATE "shop"."orders" AS t SET "status" = r."status" '
+                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r WHERE t."id" = r."id"'
+            ),
+        ),
+        (
+            {"action": "insert", "key": {}, "set": {"id": "detail.order_id", "status": "detail.status"}},
+            (
+                'INSERT INTO "shop"."orders" AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" '
+                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r'
+            ),
+        ),
+        (
+            {"action": "upsert"},
+            (
+                'INSERT INTO "shop"."orders" AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" '
+                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r '
+                'ON CONFLICT ("id") DO UPDATE SET "status" = EXCLUDED."status"'
+            ),
+        ),
+        (
+            {"action": "upsert", "set": {}},
+            (
+                'INSERT INTO "shop"."orders" AS t ("id") OVERRIDING SYSTEM VALUE SELECT r."id" '
+                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r ON CONFLICT ("id") DO NOTHING'
+            ),
+        ),
+        (
+            {"action": "delete", "set": {}, "into": '"My ""Odd"" Schema"."100%"', "key": {"a b": "detail.order_id"}},
+            (
+                'DELETE FROM "My ""Odd"" Schema"."100%" AS t '
+                'USING json_populate_record(NULL::"My ""Odd"" Schema"."100%", $1::json) AS r WHERE t."a b" = r."a b"'
+            ),
+        ),
+    ],
+    ids=["update", "insert", "upsert", "upsert-without-set", "delete"],
+)
+def test_the_sql_of_each_action(options: dict[str, Any], expected: str) -> None:
+    assert Mapping(section(**options)).statement(event()).query.decode() == expected
+
+
+def test_the_document_holds_the_mapped_columns_only() -> None:
+    document = Mapping(section()).statement(event('{"order_id": 42, "status": "paid", "secret": 1}')).document
+    assert document == '{"id":42,"status":"paid"}'
+
+
+def test_a_set_path_that_yields_nothing_writes_null() -> None:
+    mapping = Mapping(section())
+    assert mapping.statement(event('{"order_id": 42}')).document == '{"id":42,"status":null}'
+    assert mapping.statement(event('{"order_id": 42, "status": null}')).document == '{"id":42,"status":null}'
+
+
+@pytest.mark.parametrize("detail", ["{}", '{"order_id": null}'])
+def test_a_key_path_that_yields_nothing_is_poison_and_is_named(detail: str) -> None:
+    with pytest.raises(Malformed, match=r"detail\.order_id \(key id\) yields null or nothing"):
+        Mapping(section()).statement(event(detail))
+
+
+def test_a_function_that_cannot_work_with_a_value_is_poison_and_its_path_is_named() -> None:
+    with pytest.raises(Malformed, match=r"abs\(detail\.total\) \(set status\)"):
+        Mapping(section(set={"status": "abs(detail.total)"})).statement(event('{"order_id": 1, "total": "x"}'))
+
+
+def test_text_is_sent_in_ascii_so_that_no_client_encoding_can_spoil_it() -> None:
+    document = Mapping(section()).statement(event('{"order_id": 1, "status": "größe 😀"}')).document
+    assert document.isascii()
+    assert json.loads(document)["status"] == "größe 😀"
+
+
+def test_an_object_keeps_its_order_on_the_way_to_a_json_column() -> None:
+    document = Mapping(section()).statement(event('{"order_id": 1, "status": {"z": 1, "a": 2}}')).document
+    assert document == '{"id":1,"status":{"z":1,"a":2}}'
+
+
+# --- finding the mapping
+
+
+def test_a_mapping_is_found_by_source_and_detail_type() -> None:
+    mappings = Mappings([
+        section(match={"source": ["a", "b"], "detail-type": ["x", "y"]}, into="shop.first"),
+        section(into="shop.second"),
+    ])  # fmt: skip
+    found = mappings.find(event())
+    assert found is not None
+    assert found.table == ("shop", "second")
+    other = mappings.find(parse(body(source="b", detail_type="y")))
+    assert other is not None
+    assert other.table == ("shop", "first")
+    assert mappings.find(parse(body(source="b", detail_type="z"))) is None
+
+
+def test_two_mappings_for_one_kind_of_event_are_reported_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Mappings([
+            section(match={"source": "a", "detail-type": ["x", "y"]}),
+            section(match={"source": ["a", "b"], "detail-type": "x"}),
+            section(match={"source": "a", "detail-type": "y"}),
+        ])  # fmt: skip
+    assert [problem.where for problem in caught.value.problems] == [
+        "reverse.mappings.1.match",
+        "reverse.mappings.2.match",
+    ]
+    assert all(problem.remedy for problem in caught.value.problems)
+
+
+def test_the_bridges_own_source_cannot_be_mapped() -> None:
+    with pytest.raises(ConfigError, match=r"figbridge\.canary"):
+        Mappings([section(match={"source": "figbridge.canary", "detail-type": "x"})])
+
+
+# --- which rows may be the same
+
+
+def test_targets_differ_only_when_something_both_say_differs() -> None:
+    update = Mapping(section())
+    insert = Mapping(section(action="insert", key={}, set={"id": "detail.order_id", "status": "detail.status"}))
+    by_number = Mapping(section(key={"number": "detail.number"}))
+    elsewhere = Mapping(section(into="shop.customers"))
+    one, two = event('{"order_id": 1, "status": "x", "number": 5}'), event('{"order_id": 2, "status": "x"}')
+    as_text = event('{"order_id": "1", "status": "y"}')
+
+    assert update.target(one).may_be(update.target(one))
+    assert update.target(one).may_be(update.target(as_text))
+    assert insert.target(one).may_be(update.target(as_text)), "an insert is known by the column it has in common"
+    assert update.target(as_text).may_be(insert.target(one))
+    assert by_number.target(one).may_be(update.target(two)), "keys of different columns: in doubt, yes"
+    assert not update.target(one).may_be(update.target(two))
+    assert not insert.target(one).may_be(insert.target(two))
+    assert not update.target(one).may_be(elsewhere.target(one))
