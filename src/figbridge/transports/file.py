@@ -1,0 +1,193 @@
+"""Events as JSON lines in one file: the envelope of an event is a line.
+
+Invariant: when `FileSink.publish` returns, every line is on disk (one write, one fsync for the whole group), and the
+file ends with a whole line. What a crash in the middle of a write left behind was never acknowledged, so it is cut
+off when the file is opened again and comes back under the same ids.
+
+Refuses to share the file with a second writer, whose lines would interleave with ours, and to cut a tail that this
+sink did not write.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from figbridge.errors import SinkError, SinkRefused, SinkUnavailable
+from figbridge.event import Event, Rejection
+from figbridge.transports import Limits
+
+_BLOCK = 64 * 1024  # bytes read at once when looking for the last newline
+_HEAD: Final = b'{"version":"0","id":'  # how each of our lines begins
+# The file does not care how long a line is; what groups writes is how much memory and how many fsyncs they cost.
+_LIMITS: Final = Limits(entries=5_000, entry_bytes=1 << 31, batch_bytes=8 * 1024 * 1024, partial=False)
+_FRAME = 128  # bytes of a line that are neither attribute nor detail: keys, quotes, time
+
+# fdatasync leaves out the modification time, which nobody needs to be durable; it writes the size, which we do need
+_sync = getattr(os, "fdatasync", os.fsync)
+
+
+class FileSink:
+    """Appends to `path`. Opened by `check` or by the first `publish`, locked (flock) until `close`.
+
+    A file that was renamed or removed meanwhile (log rotation) is left as it is, and a new one is begun.
+    """
+
+    name = "file"
+    limits = _LIMITS
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._fd: int | None = None
+        self._torn_at: int | None = None  # where a failed write has to be cut off before the next
+
+    def size(self, event: Event) -> int:
+        """Bytes of the line, to within its escapes: it groups writes and refuses nothing."""
+        return len(event.detail) + len(event.id) + len(event.source) + len(event.detail_type) + _FRAME
+
+    def check(self) -> None:
+        """Open and lock the file, and cut off a torn last line. Raises SinkRefused, SinkUnavailable."""
+        self._descriptor()
+
+    def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
+        """Append `events`; on disk when this returns. Raises SinkUnavailable (nothing was appended), SinkRefused."""
+        if not events:
+            return ()
+        lines = b"\n".join([event.envelope() for event in events]) + b"\n"
+        fd = self._descriptor()
+        try:
+            self._mend(fd)
+            self._torn_at = os.fstat(fd).st_size
+            _write_all(fd, lines)
+            _sync(fd)
+        except OSError as error:
+            # After a failed fsync as well: the kernel drops what it could not write and calls the next fsync a
+            # success (https://wiki.postgresql.org/wiki/Fsync_Errors), so the lines have to be written once more.
+            with contextlib.suppress(OSError):  # then the next publish tries to cut it off
+                self._mend(fd)
+            raise _translated(error, self._path) from error
+        self._torn_at = None
+        return ()
+
+    def close(self) -> None:
+        """Close the file, which releases the lock."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _mend(self, fd: int) -> None:
+        if self._torn_at is not None:
+            os.ftruncate(fd, self._torn_at)
+            self._torn_at = None
+
+    def _descriptor(self) -> int:
+        if self._fd is not None and not _is_file(self._fd, self._path):
+            with contextlib.suppress(OSError):
+                self._mend(self._fd)  # whoever took it away shall find whole lines
+            self.close()
+            self._torn_at = None
+        if self._fd is None:
+            self._fd = _open(self._path)
+        return self._fd
+
+
+def _is_file(fd: int, path: Path) -> bool:
+    """Whether `fd` is still what `path` names."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _translated(error, path) from error
+    return os.path.samestat(os.fstat(fd), there)
+
+
+def _open(path: Path) -> int:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise _translated(error, path) from error
+    try:
+        _take(fd, path)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):
+            raise _translated(error, path) from error
+        raise
+    return fd
+
+
+def _take(fd: int, path: Path) -> None:
+    """Make the open file ours: locked, ending with a whole line, its name durable."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise SinkRefused(f"{path} is not a regular file", hint="name a file, or use the sink type stdout")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SinkRefused(
+            f"{path} is locked by another process",
+            hint="stop the other bridge that writes to this file, or give each a file of its own",
+        ) from error
+    _cut_torn_line(fd, path)
+    _sync_directory(path.parent)
+
+
+def _cut_torn_line(fd: int, path: Path) -> None:
+    """Truncate after the last newline. Reads the torn line only, from the end: the file may be 100 GB."""
+    size = end = os.fstat(fd).st_size
+    while end:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            end = start + newline + 1
+            break
+        end = start
+    if end == size:
+        return
+    torn = os.pread(fd, min(size - end, len(_HEAD)), end)
+    # NUL: blocks that a power failure left unwritten
+    if not torn.startswith(b"\0") and not _HEAD.startswith(torn):
+        raise SinkRefused(
+            f"{path} ends with {size - end} bytes that are not a line of this sink",
+            hint="it is not cut off, for it may be someone else's; name another file, or end its last line",
+        )
+    os.ftruncate(fd, end)
+    _sync(fd)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a new file's name durable; fsync of the file alone does not (fsync(2))."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    written = os.write(fd, data)
+    if written == len(data):  # as a rule; a copy of 8 MiB is spared
+        return
+    rest = memoryview(data)[written:]
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _translated(error: OSError, path: Path) -> SinkError:
+    reason = error.strerror or str(error)
+    match error:
+        case FileNotFoundError() | NotADirectoryError():
+            return SinkRefused(f"{path}: {reason}", hint=f"make the directory {path.parent}, or mount it")
+        case PermissionError():
+            return SinkRefused(f"{path}: {reason}", hint="let the bridge's user write to the file and its directory")
+        case IsADirectoryError():
+            return SinkRefused(f"{path}: {reason}", hint="name a file in it")
+    if error.errno == errno.EROFS:
+        return SinkRefused(f"{path}: {reason}", hint="name a file on a file system that is mounted for writing")
+    return SinkUnavailable(
+        f"cannot write to {path}: {reason}", hint="make room on its file system; nothing is lost meanwhile"
+    )
