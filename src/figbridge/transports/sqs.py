@@ -1,0 +1,132 @@
+"""Amazon SQS as a source: usually the target of an EventBridge rule.
+
+Invariant: a message leaves the queue only by `ack`. Received and not settled, it becomes visible again when its
+visibility timeout is over, so a crash needs no clean-up.
+
+A receipt that has expired is not an error: the message is (or will be) in somebody's hands again, and the inbox makes
+the repetition harmless. It is logged, because a visibility timeout that is too short makes every message come twice.
+
+Refuses to order a standard queue: it does not keep order itself. Use a FIFO queue where order counts.
+https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+
+from figbridge.config import SqsSourceSection
+from figbridge.errors import QueueError, QueueUnavailable
+from figbridge.transports import aws
+
+_log = structlog.get_logger()
+
+_BATCH: Final = 10  # most messages of one ReceiveMessage
+_LONGEST_POLL: Final = 20  # seconds
+_LONGEST_INVISIBLE: Final = 43200  # seconds: 12 hours, counted from the receive
+
+# How DeleteMessage and ChangeMessageVisibility say that the receipt is of yesterday. A FIFO queue says
+# InvalidParameterValue: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html
+_EXPIRED: Final = ("ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue")
+_RIGHTS: Final = "sqs:GetQueueAttributes, sqs:ReceiveMessage, sqs:DeleteMessage and sqs:ChangeMessageVisibility"
+
+
+class SqsSource:
+    """A queue. See `figbridge.transports.Source`."""
+
+    name = "sqs"
+
+    def __init__(self, section: SqsSourceSection) -> None:
+        self._url = section.queue_url
+        self._visibility_timeout = section.visibility_timeout
+        self._client = aws.client("sqs", section)
+
+    def check(self) -> None:
+        """See `Source.check`."""
+        self._call("GetQueueAttributes", self._client.get_queue_attributes, AttributeNames=["QueueArn"])
+
+    def receive(self, *, wait: float) -> Sequence["SqsDelivery"]:
+        """See `Source.receive`; `wait` is rounded up to seconds, and at most 20 of them."""
+        answer = self._call(
+            "ReceiveMessage",
+            self._client.receive_message,
+            MaxNumberOfMessages=_BATCH,
+            WaitTimeSeconds=min(_LONGEST_POLL, math.ceil(wait)),
+            VisibilityTimeout=self._visibility_timeout,
+            MessageSystemAttributeNames=["ApproximateReceiveCount"],
+        )
+        return [SqsDelivery(self, message) for message in answer.get("Messages", [])]
+
+    def delete(self, receipt: str) -> None:
+        """Remove a message. Raises QueueUnavailable or QueueError."""
+        self._settle("DeleteMessage", self._client.delete_message, ReceiptHandle=receipt)
+
+    def hide(self, receipt: str, seconds: int) -> None:
+        """Make a message visible again in `seconds`. Raises QueueUnavailable or QueueError."""
+        self._settle(
+            "ChangeMessageVisibility",
+            self._client.change_message_visibility,
+            ReceiptHandle=receipt,
+            VisibilityTimeout=seconds,
+        )
+
+    def close(self) -> None:
+        """Close the connections; what is unsettled becomes visible by itself."""
+        self._client.close()
+
+    def _settle(self, action: str, call: Any, **parameters: Any) -> None:
+        try:
+            self._call(action, call, **parameters)
+        except _ReceiptExpired as error:
+            _log.warning(
+                "the receipt of a message expired; it is delivered again",
+                action=action,
+                code=error.code,
+                hint="if this is frequent, raise visibility-timeout",
+            )
+
+    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
+        try:
+            return call(QueueUrl=self._url, **parameters)
+        except aws.ERRORS as error:
+            code, retryable = aws.classify(error)
+            if code in _EXPIRED and "ReceiptHandle" in parameters:
+                raise _ReceiptExpired(code) from error
+            if retryable:
+                raise QueueUnavailable(
+                    f"the queue {self._url} did not answer to {action}: {error}",
+                    hint="its messages are kept; if it lasts, check the network, the region and endpoint_url",
+                ) from error
+            raise QueueError(
+                f"the queue {self._url} refused {action}: {error}",
+                hint=f"{aws.remedy(code.rpartition('.')[2], action=f'sqs:{action}', resource=self._url)} "
+                f"(the bridge needs {_RIGHTS})",
+            ) from error
+
+
+class _ReceiptExpired(Exception):
+    def __init__(self, code: str) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class SqsDelivery:
+    """A received message. See `figbridge.transports.Delivery`."""
+
+    __slots__ = ("_receipt", "_source", "attempts", "body")
+
+    def __init__(self, source: SqsSource, message: dict[str, Any]) -> None:
+        self._source = source
+        self._receipt: str = message["ReceiptHandle"]
+        # a lone surrogate cannot be in an SQS message, but an emulator may let it pass: it is for the parser to refuse
+        self.body: bytes = message["Body"].encode(errors="surrogatepass")
+        self.attempts = int(message.get("Attributes", {}).get("ApproximateReceiveCount", 1))
+
+    def ack(self) -> None:
+        """See `Delivery.ack`."""
+        self._source.delete(self._receipt)
+
+    def nack(self, *, delay: float = 0.0) -> None:
+        """See `Delivery.nack`; rounded up to seconds, at most 12 hours."""
+        self._source.hide(self._receipt, min(_LONGEST_INVISIBLE, math.ceil(delay)))
