@@ -162,7 +162,8 @@ class LocalSource:
         end = connection.execute("SELECT max(seq) FROM event").fetchone()[0] or 0
         fresh = connection.execute(
             # only placeholders are put together; the cast is for a publisher that inserted text
-            f"SELECT seq, 0, CAST(body AS BLOB) FROM event WHERE seq > ? AND seq <= ? {self._filter} ORDER BY seq LIMIT ?",  # noqa: S608
+            "SELECT seq, 0, CAST(body AS BLOB) FROM event "  # noqa: S608
+            f"WHERE seq > ? AND seq <= ? {self._filter} ORDER BY seq LIMIT ?",
             [frontier, end, *self._arguments, room],
         ).fetchall()
         reached = frontier
