@@ -111,12 +111,12 @@ class Consumer:
             if mapping is None:
                 applied = _UNMAPPED
             elif (delay := self._held_back(event, mapping)) is not None:
-                self._wait(delivery, event, mapping, _HELD_BACK, delay, stop)
+                self._wait(delivery, event, mapping, _HELD_BACK, delay=delay, stop=stop)
                 return
             else:
                 applied = self._apply(event, mapping, stop)
                 if applied.outcome is Outcome.RETRY and delivery.attempts < self._max_attempts:
-                    self._wait(delivery, event, mapping, applied, _delay(delivery.attempts), stop)
+                    self._wait(delivery, event, mapping, applied, delay=_delay(delivery.attempts), stop=stop)
                     return
         except Malformed as error:
             applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
@@ -147,6 +147,7 @@ class Consumer:
         event: Received,
         mapping: Mapping,
         applied: Applied,
+        *,
         delay: float,
         stop: threading.Event,
     ) -> None:
