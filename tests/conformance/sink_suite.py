@@ -22,11 +22,13 @@ class SinkFeatures:
     exact      what is read back is `Event.envelope` to the byte; otherwise the same JSON values in AWS's envelope
     ordered    events are read back in the order in which they were published
     unique     an event that is published twice is there once
+    quoting    source and detail-type may hold what JSON has to escape (moto pastes them into its envelope as they are)
     """
 
     exact: bool
     ordered: bool
     unique: bool
+    quoting: bool = True
 
 
 class SinkHarness(Protocol):
@@ -60,7 +62,8 @@ class SinkSuite:
 
     @pytest.mark.parametrize("detail", ODD_DETAILS.values(), ids=ODD_DETAILS)
     def test_what_is_published_is_read_back(self, harness: SinkHarness, sink: Sink, detail: bytes) -> None:
-        sent = event(7, detail=detail, source='legacy."żółw"\\', detail_type="orders\n.🌳")
+        odd = '"\\\n' if harness.features.quoting else ""
+        sent = event(7, detail=detail, source=f"legacy.żółw{odd}", detail_type=f"orders.🌳{odd}")
 
         assert not sink.publish([sent])
 

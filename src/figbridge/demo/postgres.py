@@ -90,7 +90,7 @@ class EmbeddedPostgres:
     def start(self) -> None:
         """Start the server, on the port it had before if it ran before."""
         if not self.port:
-            self.port = _free_port()
+            self.port = free_port()
         options = {**self._settings, "port": str(self.port), "unix_socket_directories": str(self._root)}
         flags = " ".join(f"-c {name}='{value}'" for name, value in options.items())
         self._run("pg_ctl", "-w", "-t", "60", "-D", self._data, "-l", self.log, "-o", flags, "start")
@@ -172,7 +172,8 @@ class EmbeddedPostgres:
         return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,162 @@
+"""`figbridge init`: make what is missing, and say what was found."""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
+
+import psycopg
+import structlog
+
+from figbridge import legacy, preflight
+from figbridge.config import Config, LegacySection, split_table
+from figbridge.errors import BridgeError, Problem, SetupError
+from figbridge.preflight import catalogue, reverse, stream
+from figbridge.preflight.catalogue import Name, Publication, spell
+from figbridge.provision import statements
+
+_log = structlog.get_logger()
+
+_PATIENCE: Final = 3.0  # seconds of waiting for the slot after which the log says for whom
+# "does not have a replica identity", "must not contain unpublished generated columns"
+_WOULD_BREAK: Final = ("55000", "42P10")
+
+
+def initialise(config: Config) -> list[str]:
+    """Make what is missing; a line for each thing made, found, or worth a warning. Running it again is harmless.
+
+    Raises SetupError with every problem before anything is done, LegacyUnavailable, or BridgeError.
+    """
+    preflight.require(config, "init")
+    dsn = config.legacy.dsn.get_secret_value()
+    wanted = statements.publications(config)
+    with legacy.translated(), legacy.connect(dsn, purpose="init") as connection:
+        connection.execute(statements.LOCK_TIMEOUT)
+        # two `init` at once (replicas with an init container) would both find nothing and both make it
+        connection.execute("SELECT pg_advisory_xact_lock(hashtext('figbridge init'))")
+        lines = _make_schema(connection, config)
+        before = {name: catalogue.publication(connection, name) for name in wanted}
+        for name, (tables, operations) in wanted.items():
+            connection.execute(statements.publication_sql(name, tables, operations))
+        _prove_harmless(connection, config, before)
+        slot_was_there = catalogue.slot(connection, config.legacy.slot) is not None
+        for name, (tables, _) in wanted.items():
+            made = catalogue.publication(connection, name)
+            lines += _told(name, tables, before[name], made)
+            if made and made.made_at and before[name] is None and slot_was_there:
+                lines.append(_too_young(config.legacy, name, made))
+    return [*lines, _make_slot(dsn, config.legacy.slot)] if config.forward else lines
+
+
+def _make_schema(connection: psycopg.Connection, config: Config) -> list[str]:
+    names = [(legacy.SCHEMA, table) for table in reverse.own_tables(config)]
+    if not names:
+        return []
+    missing = [table for schema, table in names if (schema, table) not in catalogue.tables(connection, names)]
+    if not missing:
+        # not even IF NOT EXISTS: it wants CREATE on the database, which the bridge's own role need not have
+        return [f"schema {legacy.SCHEMA}: there already"]
+    connection.execute(statements.schema_sql())
+    return [f"schema {legacy.SCHEMA}: made {', '.join(missing)}"]
+
+
+def _prove_harmless(connection: psycopg.Connection, config: Config, before: Mapping[str, Publication | None]) -> None:
+    """Ask the server, not our knowledge of its rules, whether the new tables can still be written.
+
+    It checks a table's replica identity when it plans a DELETE; since 18 also its generated columns. Raises SetupError.
+    """
+    if not config.forward:
+        return
+    old = before[config.legacy.publication]
+    for name in config.legacy.tables:
+        table = split_table(name)
+        if old and table in old.tables:
+            continue
+        try:
+            connection.execute(statements.harmless_sql(table))
+        except psycopg.Error as error:
+            if error.sqlstate not in _WOULD_BREAK:
+                raise
+            what = f"once published, the application could not UPDATE or DELETE any more: {str(error).strip()}"
+            remedy = "give the table a replica identity; nothing was changed"
+            raise SetupError("the bridge cannot be set up", [Problem(f"table {name}", what, remedy)]) from error
+
+
+def _told(name: str, tables: Sequence[Name], before: Publication | None, after: Publication | None) -> list[str]:
+    """What became of a publication, in words."""
+    place = f"publication {spell(name)}"
+    if before is None:
+        return [f"{place}: made for {', '.join(spell(*table) for table in tables)}"]
+    lines = [
+        f"{place}: added {spell(*table)}; its changes leave from now on, the rows that are there already do not"
+        for table in tables
+        if table not in before.tables
+    ] or [f"{place}: there already"]
+    for table in sorted(after.tables.difference(tables) if after else ()):
+        finding = stream.unconfigured(name, table)
+        lines.append(f"warning: {finding.where} {finding.what}; {finding.remedy}")
+    return lines
+
+
+def _too_young(section: LegacySection, name: str, made: Publication) -> str:
+    return (
+        f"warning: slot {section.slot} is older than publication {spell(name)}: leave the bridge running with its "
+        f"present configuration until restart_lsn of the slot in pg_replication_slots is at least {made.made_at}, "
+        "then restart it with the new one (`figbridge check` says when)"
+    )
+
+
+def _make_slot(dsn: str, slot: str) -> str:
+    """Make the slot, however long the server waits for the transactions that are open.
+
+    https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
+    """
+    with legacy.translated(), legacy.connect(dsn, purpose="init") as connection:
+        if catalogue.slot(connection, slot):
+            return f"slot {slot}: there already"
+        connection.execute(statements.NO_TIMEOUTS)
+        try:
+            with _telling_for_whom(dsn, connection.info.backend_pid, slot):
+                row = connection.execute(
+                    "SELECT lsn FROM pg_create_logical_replication_slot(%s, 'pgoutput')", [slot]
+                ).fetchone()
+        except psycopg.errors.DuplicateObject:  # a second `init` was faster
+            return f"slot {slot}: there already"
+    return f"slot {slot}: made, changes leave from {row[0] if row else '?'} on"
+
+
+@contextlib.contextmanager
+def _telling_for_whom(dsn: str, pid: int, slot: str) -> Iterator[None]:
+    """While the block runs, log every few seconds which transactions backend `pid` waits for."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_PATIENCE):
+            with contextlib.suppress(BridgeError):  # what matters is the slot, not the talk about it
+                _log.warning(
+                    "the slot waits for transactions to end",
+                    slot=slot,
+                    blocked_by=_blockers(dsn, pid),
+                    hint="it begins when all that were open have ended; end the ones nobody needs, or wait",
+                )
+
+    teller = threading.Thread(target=tell, name="init-waits", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+def _blockers(dsn: str, pid: int) -> list[str]:
+    with legacy.translated(), legacy.connect(dsn, purpose="init-waits", autocommit=True) as connection:
+        rows = connection.execute(
+            """
+            SELECT coalesce(concat_ws(', ', 'pid ' || a.pid, nullif(a.application_name, ''), a.usename),
+                            'a prepared transaction')
+            FROM unnest(pg_blocking_pids(%s)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid
+            """,
+            [pid],
+        ).fetchall()
+    return [who for (who,) in rows]

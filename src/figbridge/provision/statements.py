@@ -1,0 +1,183 @@
+"""The SQL of the set-up, and the script for a DBA that is made of it. No connection is needed to write it.
+
+Every name is quoted, whatever it is made of; comments too are made safe, because a name may hold a line break.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Final
+
+from psycopg import conninfo, sql
+
+from figbridge import canary, legacy
+from figbridge.config import Config, split_table
+from figbridge.preflight import reverse, stream
+from figbridge.preflight.catalogue import Name, quote
+
+# ADD TABLE takes SHARE UPDATE EXCLUSIVE: readers and writers pass, but VACUUM and DDL may hold us up.
+LOCK_TIMEOUT: Final = "SET LOCAL lock_timeout = '10s'"
+# The slot waits for every transaction in the cluster that has written; how long is not ours to say.
+NO_TIMEOUTS: Final = (
+    "SELECT set_config(name, '0', true) FROM pg_settings "
+    "WHERE name IN ('statement_timeout', 'lock_timeout', 'transaction_timeout')"
+)
+
+
+def publications(config: Config) -> dict[str, tuple[Sequence[Name], Sequence[str]]]:
+    """Name → tables and operations, of each publication that the configuration needs."""
+    if not config.forward:
+        return {}
+    tables = [split_table(name) for name in config.legacy.tables]
+    wanted: dict[str, tuple[Sequence[Name], Sequence[str]]] = {config.legacy.publication: (tables, stream.PUBLISHED)}
+    if config.reverse:
+        wanted[config.legacy.inbox_publication] = ((canary.INBOX, canary.CANARY), stream.MARKS)
+    return wanted
+
+
+def schema_sql() -> str:
+    """schema.sql, as it is in the package."""
+    return resources.files("figbridge").joinpath("schema.sql").read_text(encoding="utf-8")
+
+
+def publication_sql(name: str, tables: Sequence[Name], operations: Sequence[str]) -> str:
+    """One statement that makes the publication, or adds to it what it lacks.
+
+    ONLY: a table that inherits from a configured one is published when it is named, not before (it may have no
+    replica identity). publish_via_partition_root: an event is named after the table that was configured, also when
+    that is partitioned, now or later; its price is that a TRUNCATE of a single partition makes no event.
+    """
+    only = ", ".join(f"ONLY {quote(*table)}" for table in tables)
+    additions = "".join(
+        f"""
+    IF NOT EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
+                   WHERE p.pubname = {_literal(name)} AND r.prrelid = {_literal(quote(*table))}::regclass) THEN
+        ALTER PUBLICATION {quote(name)} ADD TABLE ONLY {quote(*table)};
+    END IF;"""
+        for table in tables
+    )
+    body = f"""
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = {_literal(name)}) THEN
+        CREATE PUBLICATION {quote(name)} FOR TABLE {only}
+            WITH (publish = '{", ".join(operations)}', publish_via_partition_root = true);
+        -- a slot that needs older WAL cannot use this publication: figbridge check compares the two
+        EXECUTE format('COMMENT ON PUBLICATION %I IS %L', {_literal(name)},
+                       'figbridge: made at ' || pg_current_wal_insert_lsn());
+    END IF;{additions}
+END
+"""
+    tag = "$figbridge$"
+    while tag in body:  # a table may have any name
+        tag = f"{tag[:-1]}_$"
+    return f"DO {tag}{body}{tag};"
+
+
+def _literal(text: str) -> str:
+    return sql.Literal(text).as_string(None).strip()
+
+
+def harmless_sql(table: Name) -> str:
+    """A statement that fails when the application could not DELETE, and UPDATE, any more; it changes nothing."""
+    return f"EXPLAIN (COSTS OFF) DELETE FROM {quote(*table)};"  # noqa: S608 (quoted)
+
+
+def script(config: Config) -> str:
+    """The whole set-up as SQL with comments, which psql (and anything else) runs; twice is as good as once.
+
+    No connection is made. The grants are comments, because the role may not exist yet or be named otherwise.
+    """
+    dsn = config.legacy.dsn.get_secret_value()
+    parts = [
+        _comment(
+            _HEAD.format(database=legacy.describe(dsn), tables="\n".join(f"  {it}" for it in config.legacy.tables))
+        )
+    ]
+    parts += [_comment(_ROLE.format(role=quote(_role(dsn)))), "BEGIN;", f"{LOCK_TIMEOUT};"]
+    if reverse.own_tables(config):
+        parts += [_comment(_SCHEMA), schema_sql().strip()]
+    for name, (tables, operations) in publications(config).items():
+        parts += [_comment(_PUBLICATION[operations]), publication_sql(name, tables, operations)]
+    if config.forward:
+        parts.append(_comment(_HARMLESS))
+        parts += [harmless_sql(split_table(name)) for name in config.legacy.tables]
+    parts += ["COMMIT;"]
+    if config.forward:
+        parts += [_comment(_SLOT), _slot_sql(config)]
+    parts += [_comment("\n".join([_GRANTS, *dict.fromkeys(_grants(config, quote(_role(dsn))))]))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _comment(text: str) -> str:
+    # a name may hold a line break, and what follows it must not become SQL
+    return "\n".join(f"-- {line}".rstrip() for line in re.split(r"\r\n|\r|\n", text.strip("\n")))
+
+
+def _role(dsn: str) -> str:
+    return str(conninfo.conninfo_to_dict(dsn).get("user") or "figbridge")
+
+
+def _slot_sql(config: Config) -> str:
+    slot = _literal(config.legacy.slot)
+    # where an earlier statement failed and psql went on, there is no publication and there must be no slot
+    names = [_literal(name) for name in publications(config)]
+    return f"""BEGIN;
+{NO_TIMEOUTS};
+SELECT pg_create_logical_replication_slot({slot}, 'pgoutput')
+WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {slot})
+  AND (SELECT count(*) FROM pg_publication WHERE pubname IN ({", ".join(names)})) = {len(names)};
+COMMIT;
+SELECT slot_name, plugin, database, confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = {slot};"""  # noqa: S608 (quoted)
+
+
+def _grants(config: Config, role: str) -> Iterator[str]:
+    if config.forward:
+        tables = [split_table(name) for name in config.legacy.tables]
+        yield from (f"GRANT USAGE ON SCHEMA {quote(it)} TO {role};" for it in sorted({schema for schema, _ in tables}))
+        yield from (f"GRANT SELECT ON {quote(*table)} TO {role};" for table in tables)
+    for mapping in config.reverse.mappings if config.reverse else ():
+        table = split_table(mapping.into)
+        yield f"GRANT USAGE ON SCHEMA {quote(table[0])} TO {role};"
+        yield f"GRANT {', '.join(reverse.rights(mapping))} ON {quote(*table)} TO {role};"
+    if own := reverse.own_tables(config):
+        yield f"GRANT USAGE ON SCHEMA {quote(legacy.SCHEMA)} TO {role};"
+        for name in own:
+            yield f"GRANT {', '.join(reverse.OWN[name].rights)} ON {quote(legacy.SCHEMA, name)} TO {role};"
+
+
+_HEAD: Final = """\
+figbridge: the set-up of a legacy database, as SQL.
+
+Database: {database}
+Tables to publish:
+{tables}
+
+Run it with   psql -v ON_ERROR_STOP=1 -f <this file>   as a role that owns these tables, has CREATE in the database,
+and has REPLICATION (or as a superuser). It may be run again, after a table was added to the configuration for instance.
+It alters no legacy table, and makes nothing FOR ALL TABLES.
+
+Needs wal_level = logical:  SHOW wal_level;
+    ALTER SYSTEM SET wal_level = 'logical';  and a restart
+    (on Amazon RDS and Aurora: rds.logical_replication = 1 in the parameter group, and a reboot)"""
+_ROLE: Final = """\
+The role of the bridge: a suggestion, its rights are at the end. \\password in psql sets its password.
+CREATE ROLE {role} WITH LOGIN REPLICATION;
+On Amazon RDS:  CREATE ROLE {role} WITH LOGIN; GRANT rds_replication TO {role};"""
+_SCHEMA: Final = "All tables of ours, in one schema of their own."
+_PUBLICATION: Final[Mapping[Sequence[str], str]] = {
+    stream.PUBLISHED: """\
+The publication: the configured tables and no others. Rows of a partitioned table leave under its name, not under the
+partition's. ONLY: a table that inherits from one of these is published when it is named itself.""",
+    stream.MARKS: """\
+The publication of our own marks, by which the bridge knows its own writes when it reads them back. Inserts only:
+purging old marks makes no traffic.""",
+}
+_HARMLESS: Final = """\
+The proof that the application can still UPDATE and DELETE: EXPLAIN plans the statement and runs nothing. A published
+table without a replica identity fails here, and the whole transaction is rolled back."""
+_SLOT: Final = """\
+The slot, last: one that is older than its publications cannot use them. It waits until all transactions that are open
+now have ended (in the whole cluster), so it may take a while. From here on the server keeps WAL for the bridge."""
+_GRANTS: Final = """\
+The least rights of the bridge's role, to be run once the role exists. Columns with a serial default that an insert does
+not name also need:  GRANT USAGE ON SEQUENCE … ;"""
