@@ -40,6 +40,9 @@ _OUR_SCHEMA: Final = "figbridge"
 _IDENTIFIER = r'(?:"(?:[^"]|"")+"|[A-Za-z_][A-Za-z0-9_$]*)'
 _TABLE = re.compile(rf"({_IDENTIFIER})\.({_IDENTIFIER})")
 
+# The two paths, as the file's sections and `run --only` name them.
+Direction = Literal["forward", "reverse"]
+
 
 class Section(BaseModel):
     """A part of the file. Unknown keys are errors: a misspelt option must not be a silent default."""

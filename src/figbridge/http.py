@@ -42,7 +42,7 @@ class HttpServer:
         self._metrics = metrics
         self._parts = parts
         self._alive = alive
-        self._exposition: "WSGIApplication" = make_wsgi_app(metrics.registry)
+        self._exposition: WSGIApplication = make_wsgi_app(metrics.registry)
         try:
             self._server = make_server(*address, self._answer, server_class=_Server, handler_class=_Handler)
         except OSError as error:

@@ -8,13 +8,13 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Final
 
 import structlog
 
 from figbridge import canary, legacy, preflight
 from figbridge.change import Relation
-from figbridge.config import Config, ForwardSection, ReverseSection
+from figbridge.config import Config, Direction, ForwardSection, ReverseSection
 from figbridge.deadletter import TableDeadLetterStore, open_dead_letters
 from figbridge.errors import ConfigError, Problem
 from figbridge.forward.checkpoint import Checkpoint
@@ -33,8 +33,6 @@ from figbridge.supervise import Loop, Supervisor
 from figbridge.transports import open_sink, open_source
 
 _log = structlog.get_logger()
-
-Direction = Literal["forward", "reverse"]
 
 # Below Kubernetes' and Docker's own patience (30 s and 10 s by default; deploy/ raises Docker's), so that the last
 # acknowledgement is sent before SIGKILL comes.
@@ -63,7 +61,7 @@ def run(config: Config, only: Direction | None = None) -> None:
             http=config.http.listen,
         )
         try:
-            persist(lambda: preflight.require(config, "run"), what="preflight", stop=supervisor.stop)
+            persist(lambda: preflight.require(config, "run", only), what="preflight", stop=supervisor.stop)
             database = persist(lambda: _database(config), what="look up the database", stop=supervisor.stop)
         except Stopped:
             return

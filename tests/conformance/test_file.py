@@ -108,7 +108,7 @@ def test_the_end_of_a_huge_file_is_found_without_reading_it(path: Path) -> None:
 def test_a_second_writer_is_refused_until_the_first_is_gone(path: Path) -> None:
     with opened(path) as first:
         second = FileSink(path)
-        with pytest.raises(SinkRefused, match="locked by another process") as caught:
+        with pytest.raises(SinkUnavailable, match="locked by another process") as caught:
             second.check()
         assert caught.value.hint
         first.publish([event(1)])

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from figbridge import legacy, transports
-from figbridge.config import Config, split_table
+from figbridge.config import Config, Direction, split_table
 from figbridge.errors import BridgeError, Problem, QueueUnavailable, SetupError, SinkUnavailable
 from figbridge.preflight import reverse, server, stream, tables
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
@@ -27,9 +27,10 @@ from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warnin
 __all__ = ["Finding", "Level", "Stage", "inspect", "require"]
 
 
-def inspect(config: Config, stage: Stage) -> list[Finding]:
+def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
     """Everything worth knowing, in the order in which one would mend it.
 
+    `only` names the direction that this process will run; the end of the other one is another process's business.
     Stage ``init`` asks whether `figbridge init` may begin and would do no harm; ``run`` asks whether all is there.
     Raises LegacyUnavailable when the database does not answer.
     """
@@ -44,23 +45,23 @@ def inspect(config: Config, stage: Stage) -> list[Finding]:
             findings += tables.probe(connection, names)
             findings += stream.probe(connection, config.legacy, names, config.reverse is not None, stage)
         findings += reverse.probe(connection, config, names, stage)
-    return findings if stage == "init" else [*findings, *_ends(config)]
+    return findings if stage == "init" else [*findings, *_ends(config, only)]
 
 
-def require(config: Config, stage: Stage) -> list[Finding]:
+def require(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
     """The findings, when none of them is an error. Raises SetupError with every error otherwise."""
-    findings = inspect(config, stage)
+    findings = inspect(config, stage, only)
     if problems := [Problem(it.where, it.what, it.remedy) for it in findings if it.level == "error"]:
         database = legacy.describe(config.legacy.dsn.get_secret_value())
         raise SetupError(f"the bridge cannot {'be set up' if stage == 'init' else 'run'} ({database})", problems)
     return findings
 
 
-def _ends(config: Config) -> Iterator[Finding]:
-    if config.forward:
+def _ends(config: Config, only: Direction | None) -> Iterator[Finding]:
+    if config.forward and only != "reverse":
         sink = config.forward.sink
         yield _end("forward.sink", sink.type, lambda: transports.open_sink(sink))
-    if config.reverse:
+    if config.reverse and only != "forward":
         source = config.reverse.source
         yield _end("reverse.source", source.type, lambda: transports.open_source(source))
 

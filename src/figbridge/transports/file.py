@@ -128,9 +128,10 @@ def _take(fd: int, path: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise SinkRefused(
+        # unavailable, not refused: a stand-by replica waits for the lock as it waits for the slot
+        raise SinkUnavailable(
             f"{path} is locked by another process",
-            hint="stop the other bridge that writes to this file, or give each a file of its own",
+            hint="another bridge writes to this file; this one waits for it. Give each a file of its own, or stop one",
         ) from error
     _cut_torn_line(fd, path)
     _sync_directory(path.parent)
