@@ -5,7 +5,7 @@ import socket
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import boto3
 import pytest
@@ -17,6 +17,9 @@ from figbridge.config import SqsSourceSection
 from figbridge.errors import QueueError, QueueUnavailable
 from figbridge.transports import open_source
 from figbridge.transports.sqs import SqsSource
+
+if TYPE_CHECKING:
+    from mypy_boto3_sqs.literals import QueueAttributeNameType
 
 
 def section(url: str, endpoint: str, **options: Any) -> SqsSourceSection:
@@ -32,7 +35,7 @@ class SqsHarness:
 
     def __post_init__(self) -> None:
         self.client = boto3.client("sqs", endpoint_url=self.endpoint)
-        attributes = {"FifoQueue": "true"} if self.fifo else {}
+        attributes: dict[QueueAttributeNameType, str] = {"FifoQueue": "true"} if self.fifo else {}
         name = f"reverse-{uuid.uuid4()}{'.fifo' if self.fifo else ''}"
         self.url = self.client.create_queue(QueueName=name, Attributes=attributes)["QueueUrl"]
 
@@ -46,8 +49,12 @@ class SqsHarness:
         for body in bodies:
             if self.fifo:
                 # a group for each: the suite settles them one by one, and a group would lock
-                group = {"MessageGroupId": str(uuid.uuid4()), "MessageDeduplicationId": str(uuid.uuid4())}
-                self.client.send_message(QueueUrl=self.url, MessageBody=body.decode(), **group)
+                self.client.send_message(
+                    QueueUrl=self.url,
+                    MessageBody=body.decode(),
+                    MessageGroupId=str(uuid.uuid4()),
+                    MessageDeduplicationId=str(uuid.uuid4()),
+                )
             else:
                 self.client.send_message(QueueUrl=self.url, MessageBody=body.decode())
 
