@@ -108,7 +108,7 @@ def test_a_queue_that_does_not_exist(database: Database, tmp_path: Path, aws_end
     with config.open("a") as file:
         file.write(f"""
 reverse:
-  source: {{type: sqs, queue_url: "{aws_endpoint}/123456789012/nobodys", region: eu-west-1, endpoint_url: "{aws_endpoint}"}}
+  source: {{type: sqs, queue_url: "{aws_endpoint}/1234/nobodys", region: eu-west-1, endpoint_url: "{aws_endpoint}"}}
   mappings:
     - {{match: {{source: new, detail-type: x}}, into: public.thing, action: insert, set: {{id: detail.id}}}}
 """)

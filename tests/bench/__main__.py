@@ -1,12 +1,12 @@
-"""``python -m tests.bench [--rows N] [--runs N]``."""
+"""``python -m bench [--rows N] [--runs N]``."""
 
 import argparse
 
-from tests.bench.forward import compare
+from bench.forward import compare
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tests.bench")
+    parser = argparse.ArgumentParser(prog="bench")
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()

@@ -55,7 +55,7 @@ class SqsHarness:
                     "endpoint_url": self.endpoint,
                     "visibility-timeout": 5,
                 }
-            )  # fmt: skip
+            )
         )
 
 

@@ -47,7 +47,7 @@ def _settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             default = "required" if field.is_required() else field.get_default(call_default_factory=True)
             default = "" if default in (None, PydanticUndefined) or isinstance(default, BaseModel) else default
             shown = f"`{default}`" if default not in ("required", "", (), {}) else default or ""
-            yield f"| `{key}` | {shown} | {(field.description or '').replace('|', '/')} |"
+            yield f"| `{key}` | {shown} | {(field.description or '').replace('|', '/').replace('<', '&lt;')} |"
         for inner in models:
             kind = inner.model_fields.get("type")
             label = f"({get_args(kind.annotation)[0]})" if kind else ""
