@@ -1,0 +1,80 @@
+import threading
+import time
+
+import pytest
+
+from figbridge.errors import SlotLost
+from figbridge.retry import Stopped
+from figbridge.supervise import Supervisor
+
+
+class Obedient:
+    name = "obedient"
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def run(self, stop: threading.Event) -> None:
+        stop.wait()
+        self.ended = True
+
+
+class Failing:
+    name = "failing"
+
+    def __init__(self, error: Exception, after: threading.Event | None = None) -> None:
+        self._error, self._after = error, after
+
+    def run(self, stop: threading.Event) -> None:
+        (self._after or stop).wait(0 if self._after is None else 10)
+        raise self._error
+
+
+class Hanging:
+    name = "hanging"
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+
+    def run(self, _stop: threading.Event) -> None:
+        self.release.wait(30)
+
+
+def test_the_first_failure_stops_all_and_is_raised() -> None:
+    obedient = Obedient()
+    with pytest.raises(SlotLost, match="gone"):
+        Supervisor(grace=5).run([obedient, Failing(SlotLost("gone"))])
+    assert obedient.ended
+
+
+def test_several_failures_are_raised_together() -> None:
+    with pytest.raises(ExceptionGroup) as caught:
+        Supervisor(grace=5).run([Failing(SlotLost("one")), Failing(SlotLost("two"))])
+    assert {str(error) for error in caught.value.exceptions} == {"one", "two"}
+
+
+def test_stopped_is_a_clean_end() -> None:
+    Supervisor(grace=5).run([Obedient(), Failing(Stopped())])
+
+
+def test_a_loop_that_ends_by_itself_stops_the_others() -> None:
+    class Short:
+        name = "short"
+
+        def run(self, stop: threading.Event) -> None:
+            assert not stop.is_set()
+
+    obedient = Obedient()
+    Supervisor(grace=5).run([obedient, Short()])
+    assert obedient.ended
+
+
+def test_a_loop_that_hangs_is_halted_and_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("figbridge.supervise._HALT_PATIENCE", 0.2)
+    supervisor, hanging = Supervisor(grace=0.2), Hanging()
+    supervisor.stop.set()
+    began = time.monotonic()
+    supervisor.run([hanging])
+    assert time.monotonic() - began < 5
+    assert supervisor.halt.is_set()
+    hanging.release.set()
