@@ -1,4 +1,4 @@
-"""What the stream says of a value against what PostgreSQL itself says of it: to_jsonb."""
+"""What the stream says of a value against what PostgreSQL itself says of it: to_json of the row."""
 
 import json
 from decimal import Decimal
@@ -86,16 +86,10 @@ def test_what_the_event_says_is_what_postgresql_says(each_database: Database) ->
     each_database.execute(f"INSERT INTO matrix VALUES (1, {marks})", [literal for _, literal in cases])
     with each_database.connect() as connection:
         connection.execute("SET timezone TO 'UTC'")
-        row = connection.execute("SELECT to_jsonb(m)::text FROM matrix m").fetchone()
-        kept = {
-            number: connection.execute(f"SELECT c{number}::text FROM matrix").fetchone()
-            for number, (kind, _) in enumerate(cases)
-            if kind == "json"
-        }
+        # to_json, not to_jsonb: jsonb itself cannot hold what a json column can, such as a lone surrogate
+        row = connection.execute("SELECT to_json(m)::text FROM matrix m").fetchone()
     assert row
     oracle = parsed(row[0])
-    # jsonb cannot hold a lone surrogate or a repeated key: the column itself is the oracle of a json
-    oracle |= {f"c{number}": parsed(text[0]) for number, text in kept.items() if text}
     with Forward(each_database) as forward:
         forward.until_events(1)
         said = parsed(forward.sink.events[0].detail.decode())["after"]

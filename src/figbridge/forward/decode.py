@@ -68,7 +68,7 @@ class Decoder:
             raise _malformed(payload, f"it ends too soon ({error})", len(payload)) from error
         except UnicodeDecodeError as error:
             raise _malformed(payload, f"a name is not UTF-8: {error}", 0) from error
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # overflow: a time of commit that no calendar has
             raise _malformed(payload, str(error), 0) from error
 
     def _insert(self, payload: bytes) -> Change:
