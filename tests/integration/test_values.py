@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
 
@@ -91,7 +92,7 @@ def test_what_the_event_says_is_what_postgresql_says(each_database: Database) ->
     assert row
     oracle = parsed(row[0])
     with Forward(each_database) as forward:
-        forward.until_events(1)
+        until(lambda: forward.sink.events, 20, lambda: f"the event; failed: {forward.failure}")
         said = parsed(forward.sink.events[0].detail.decode())["after"]
     wrong = []
     expected = {f"{kind} {literal}": value for kind, literal, value in EXCEPTIONS}
