@@ -1,0 +1,238 @@
+"""Each finding about the figbridge schema, the mappings, the sink and the queue, provoked for real."""
+
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from figbridge import provision
+from figbridge.config import MappingSection
+from figbridge.event import Received
+from figbridge.preflight import Finding
+from figbridge.preflight.reverse import rights
+from figbridge.reverse.mapping import Mapping
+from fixtures.checked import Found, config_of, inspected, mapping, role
+from fixtures.postgres import Database
+
+DDL = """
+    CREATE SCHEMA shop;
+    CREATE TABLE shop.orders (
+        id int PRIMARY KEY, status text, ref text, total numeric,
+        doubled int GENERATED ALWAYS AS (id * 2) STORED, number int GENERATED ALWAYS AS IDENTITY);
+    CREATE UNIQUE INDEX orders_ref ON shop.orders (ref);
+    CREATE UNIQUE INDEX orders_partial ON shop.orders (total) WHERE total > 0;
+    CREATE UNIQUE INDEX orders_expression ON shop.orders (lower(status));
+    CREATE TABLE shop.strict (id serial PRIMARY KEY, name text NOT NULL, at timestamptz NOT NULL DEFAULT now());
+    CREATE VIEW shop.overview AS SELECT id, status FROM shop.orders;
+    CREATE MATERIALIZED VIEW shop.report AS SELECT 1 AS id;
+"""
+
+DELETE = mapping("shop.orders", "delete", ["id"])
+
+
+@pytest.fixture
+def shop(database: Database) -> Database:
+    """Set up for both directions."""
+    database.execute(DDL)
+    provision.initialise(config_of(database.dsn, slot=database.slot, mappings=[DELETE]))
+    return database
+
+
+def mapped(database: Database, tree: dict[str, Any], **options: Any) -> Found:
+    """What is found about one mapping."""
+    return inspected(config_of(database.dsn, slot=database.slot, mappings=[tree], **options), "run")
+
+
+# (into, action, key, set) → where, and what is said
+WRONG: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "no such table": (("shop.order", "delete", ["id"]), "", "there is no table shop.order "),
+    "materialized view": (("shop.report", "delete", ["id"]), ".into", "is a materialized view"),
+    "no such column": (("shop.orders", "update", ["id"], ["stauts"]), ".set.stauts", "has no column 'stauts'"),
+    "no such key": (("shop.orders", "delete", ["idd"]), ".key.idd", "has no column 'idd'"),
+    "generated": (("shop.orders", "insert", [], ["id", "doubled"]), ".set.doubled", "generates 'doubled' always"),
+    "identity": (("shop.orders", "update", ["id"], ["number"]), ".set.number", "generates 'number' always"),
+    "upsert without index": (("shop.orders", "upsert", ["status"], ["total"]), ".key", "on exactly (status)"),
+    "upsert on more": (("shop.orders", "upsert", ["id", "ref"], ["total"]), ".key", "on exactly (id, ref)"),
+    "upsert on partial": (("shop.orders", "upsert", ["total"], ["status"]), ".key", "on exactly (total)"),
+    "our own source": (("shop.orders", "delete", ["id"]), ".match.source", "what our own events carry"),
+    "the canary's source": (("shop.orders", "delete", ["id"]), ".match.source", "kept for figbridge itself"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mapping_that_cannot_work(shop: Database, case: str) -> None:
+    columns, place, said = WRONG[case]
+    source = {"our own source": f"legacy.{shop.name}", "the canary's source": "figbridge.canary"}
+    tree = mapping(*columns, **({"source": source[case]} if case in source else {}))
+    found = mapped(shop, tree)
+    assert said in found.only("error", f"reverse.mappings.0{place}").what
+    assert found.errors == [f"reverse.mappings.0{place}"]
+
+
+def test_what_is_misspelt_is_guessed(shop: Database) -> None:
+    found = mapped(shop, mapping("shop.orders", "update", ["id"], ["stauts"]))
+    assert found.only("error", "reverse.mappings.0.set.stauts").remedy == "did you mean 'status'?"
+    found = mapped(shop, mapping("shop.orderz", "delete", ["id"]))
+    assert found.only("error", "reverse.mappings.0").remedy == "did you mean shop.orders?"
+    found = mapped(shop, mapping("shop.orders", "upsert", ["status"], ["total"]))
+    assert "use the columns of one (id; ref)" in found.only("error", "reverse.mappings.0.key").remedy
+
+
+def test_all_problems_of_all_mappings(shop: Database) -> None:
+    mappings = [
+        mapping("shop.orders", "update", ["nix"], ["nax"]),
+        mapping("shop.none", "delete", ["id"], **{"detail-type": "y"}),
+    ]
+    found = inspected(config_of(shop.dsn, slot=shop.slot, mappings=mappings), "run")
+    assert found.errors == ["reverse.mappings.0.key.nix", "reverse.mappings.0.set.nax", "reverse.mappings.1"]
+
+
+def test_the_source_that_a_template_makes_of_each_table(shop: Database) -> None:
+    tree = mapping("shop.orders", "delete", ["id"], source=["shop.next", "shop.orders.out"])
+    forward = {"sink": {"type": "stdout"}, "source": "{schema}.{table}.out"}
+    assert mapped(shop, tree, forward=forward).errors == ["reverse.mappings.0.match.source"]
+    assert mapped(shop, tree, forward={**forward, "source": "{schema}.{table}"}).errors == []
+
+
+CATCHES = {
+    "not unique": (("shop.orders", "update", ["status"], ["total"]), ".key", "one event may update several rows"),
+    "not null": (("shop.strict", "insert", [], ["id"]), "", "wants a value for name "),
+}
+
+
+@pytest.mark.parametrize("case", CATCHES)
+def test_a_mapping_with_a_catch(shop: Database, case: str) -> None:
+    columns, place, said = CATCHES[case]
+    found = mapped(shop, mapping(*columns))
+    assert said in found.only("warning", f"reverse.mappings.0{place}").what
+    assert found.errors == []
+
+
+FINE = [
+    ("shop.orders", "insert", [], ["id", "status", "number"]),  # OVERRIDING SYSTEM VALUE
+    ("shop.orders", "update", ["ref"], ["status"]),
+    ("shop.orders", "upsert", ["ref"], ["status", "id"]),
+    ("shop.orders", "upsert", ["id"], []),
+    ("shop.orders", "delete", ["id"], []),
+    ("shop.strict", "insert", [], ["name"]),
+    ("shop.overview", "update", ["id"], ["status"]),
+]
+
+
+@pytest.mark.parametrize("columns", FINE, ids=lambda it: "-".join(map(str, it[:2])))
+def test_what_is_said_to_fit_does(shop: Database, columns: tuple[Any, ...]) -> None:
+    """The rights that are asked for are enough, and each is needed: without any one of them the server refuses."""
+    tree = mapping(*columns)
+    assert mapped(shop, tree).only("ok", "reverse.mappings.0")
+    section = MappingSection.model_validate(tree)
+    row = {"id": 1, "status": "a", "ref": "r", "number": 7, "name": "n"}
+    statement = Mapping(section).statement(Received("e", "s", "t", {"detail": row}))
+    with role(shop) as (name, dsn):
+        config = config_of(dsn, slot=shop.slot, mappings=[tree])
+
+        def lacking() -> list[Finding]:
+            return [it for it in inspected(config, "run") if (it.level, it.where) == ("error", "reverse.mappings.0")]
+
+        def execute() -> None:
+            with psycopg.connect(dsn) as connection:
+                psycopg.RawCursor(connection).execute(statement.query, [statement.document])
+                connection.rollback()
+
+        for finding in lacking():
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute()
+            shop.execute(finding.remedy)
+        execute()
+        for right in rights(section):
+            shop.execute(f"REVOKE {right} ON {section.into} FROM {name}")
+            (finding,) = lacking()
+            assert finding.what == f"role {name} lacks {right} for {section.into}"
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                execute()
+            shop.execute(finding.remedy)
+        execute()
+
+
+def test_a_sequence_that_the_role_may_not_use(shop: Database) -> None:
+    with role(shop) as (name, dsn):
+        shop.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT INSERT ON shop.strict TO {name}")
+        found = inspected(
+            config_of(dsn, slot=shop.slot, mappings=[mapping("shop.strict", "insert", [], ["name"])]), "run"
+        )
+        finding = found.only("error", "reverse.mappings.0")
+        assert finding.what == f"role {name} may not use the sequence of shop.strict.id"
+        assert finding.remedy == f'GRANT USAGE ON SEQUENCE shop.strict_id_seq TO "{name}";'
+
+
+# --- our schema
+
+
+def test_rights_on_our_own_tables(shop: Database) -> None:
+    with role(shop) as (name, dsn):
+        shop.execute(
+            f"GRANT USAGE ON SCHEMA shop, figbridge TO {name}; GRANT SELECT, DELETE ON shop.orders TO {name}; "
+            f"GRANT ALL ON ALL TABLES IN SCHEMA figbridge TO {name}; REVOKE UPDATE ON figbridge.canary FROM {name}"
+        )
+        config = config_of(dsn, slot=shop.slot, mappings=[DELETE])
+        finding = inspected(config, "run").only("error", "schema figbridge")
+        assert finding.what == f"role {name} lacks UPDATE on figbridge.canary"
+        shop.execute(finding.remedy)
+        assert inspected(config, "run").errors == []
+
+
+def test_a_schema_of_that_name_that_is_not_ours(database: Database) -> None:
+    database.execute(DDL + "CREATE SCHEMA figbridge; CREATE TABLE figbridge.inbox (id int, source text)")
+    config = config_of(database.dsn, slot=database.slot, mappings=[DELETE])
+    found = inspected(config)
+    strange = [it.what for it in found if it.where == "schema figbridge" and it.level == "error"]
+    assert strange == [
+        (
+            "figbridge.inbox has no column applied_at, event_id, idempotency_key, payload_hash: "
+            "it is not figbridge's, or of another version of it"
+        )
+    ]
+
+
+def test_an_inbox_that_would_take_a_key_twice(shop: Database) -> None:
+    shop.execute("ALTER TABLE figbridge.inbox DROP CONSTRAINT inbox_pkey")
+    config = config_of(shop.dsn, slot=shop.slot, mappings=[DELETE])
+    finding = inspected(config, "run").only("error", "schema figbridge")
+    assert "repeated events would be applied twice" in finding.what
+    shop.execute(finding.remedy)
+    assert inspected(config, "run").errors == []
+
+
+# --- the ends
+
+
+def test_ends_that_answer_refuse_and_are_silent(shop: Database, tmp_path: Path, aws_endpoint: str) -> None:
+    tree = mapping("shop.orders", "delete", ["id"])
+    here = {"type": "eventbridge", "bus": "nowhere", "region": "eu-west-1", "endpoint_url": aws_endpoint}
+    gone = {"type": "sqs", "queue_url": f"{aws_endpoint}/1/none", "endpoint_url": aws_endpoint, "region": "eu-west-1"}
+    refused = mapped(shop, tree, forward={"sink": here}, source=gone)
+    assert refused.errors == ["forward.sink", "reverse.source"]
+    assert "nowhere" in refused.only("error", "forward.sink").what
+
+    silent = {"endpoint_url": "http://127.0.0.1:9"}
+    found = mapped(shop, tree, forward={"sink": {**here, **silent}}, source={**gone, **silent})
+    assert found.errors == []  # it may answer in a minute; the bridge tries again
+    assert found.only("warning", "forward.sink").what.startswith("did not answer now")
+    assert found.only("warning", "reverse.source").what.startswith("did not answer now")
+
+    bus = {"type": "local", "path": str(tmp_path / "bus.sqlite")}
+    found = mapped(shop, tree, forward={"sink": bus}, source=bus)
+    assert found.only("ok", "forward.sink")
+    assert found.only("ok", "reverse.source")
+
+
+def test_a_file_that_cannot_be_written(shop: Database, tmp_path: Path) -> None:
+    found = mapped(
+        shop, mapping("shop.orders", "delete", ["id"]), forward={"sink": {"type": "file", "path": str(tmp_path)}}
+    )
+    assert found.errors == ["forward.sink"]
+
+
+def test_ends_are_not_asked_before_init(shop: Database) -> None:
+    found = inspected(config_of(shop.dsn, slot=shop.slot, mappings=[DELETE]), "init")
+    assert not [it for it in found if it.where in {"forward.sink", "reverse.source"}]
