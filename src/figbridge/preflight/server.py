@@ -112,7 +112,9 @@ def _senders_left(connection: psycopg.Connection) -> Iterator[Finding]:
 
 
 def _replication(connection: psycopg.Connection, dsn: str) -> Finding:
-    """Open what the bridge will open: attributes alone do not show pg_hba.conf or a pooler in between.
+    """Open what the bridge will open: attributes alone do not show a pooler in between, or RDS's own rule.
+
+    pg_hba.conf cannot be the reason: a walsender of a database matches the same lines as any other connection to it.
 
     https://www.postgresql.org/docs/current/protocol-replication.html
     """
@@ -132,31 +134,27 @@ def _replication(connection: psycopg.Connection, dsn: str) -> Finding:
     else:
         reason = "IDENTIFY_SYSTEM was answered with nothing"
     if row is None:
-        return error(
-            f"role {spell(role)}", f"no replication connection: {reason}", _replication_remedy(connection, reason)
-        )
+        return error(f"role {spell(role)}", f"no replication connection: {reason}", _replication_remedy(connection))
     return ok(f"role {spell(role)}", f"may open a replication connection (system identifier {row[0]})")
 
 
-def _replication_remedy(connection: psycopg.Connection, reason: str) -> str:
+def _replication_remedy(connection: psycopg.Connection) -> str:
     role = quote(connection.info.user)
     row = connection.execute(
-        "SELECT rolreplication OR rolsuper, EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication') "
-        "FROM pg_roles WHERE rolname = current_user"
+        """
+        SELECT me.rolreplication OR me.rolsuper OR coalesce(pg_has_role(rds.oid, 'MEMBER'), false), rds.oid IS NOT NULL
+        FROM pg_roles me LEFT JOIN pg_roles rds ON rds.rolname = 'rds_replication' WHERE me.rolname = current_user
+        """
     ).fetchone()
     privileged, on_rds = row or (False, False)
     if on_rds and not privileged:
         return f"GRANT rds_replication TO {role};"
     if not privileged:
         return f"ALTER ROLE {role} WITH REPLICATION; (on Amazon RDS: GRANT rds_replication TO {role};)"
-    if "pg_hba.conf" in reason:
-        database = connection.info.dbname
-        return (
-            f"add to pg_hba.conf: hostssl {database} {role} <our address> scram-sha-256; then SELECT pg_reload_conf()"
-        )
     return (
-        "the role has REPLICATION, so something in between refuses: name the server itself in legacy.dsn, "
-        "not a pooler (PgBouncer before 1.23 and most proxies do not pass replication connections on)"
+        "the role may replicate, so either all walsenders are busy (max_wal_senders), or something in between refuses: "
+        "name the server itself in legacy.dsn, not a pooler (PgBouncer before 1.23 and most proxies do not pass "
+        "replication connections on)"
     )
 
 

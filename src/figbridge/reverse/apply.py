@@ -47,7 +47,7 @@ _CLAIM: Final = """
 _CLAIMED: Final = "SELECT payload_hash FROM figbridge.inbox WHERE source = $1 AND idempotency_key = $2"
 
 _PARENT_MISSING: Final = "23503"  # foreign_key_violation: another event is to come first
-_UPDATE_MISSING: Final = "update_missing"
+UPDATE_MISSING: Final = "update_missing"
 _DELETE_MISSING: Final = "delete_missing"
 _KEY_REUSE: Final = "key_reuse"
 
@@ -154,7 +154,7 @@ class Applier:
             _raise_if_bug(answers.error)
             return _claim_failed(answers.error) if answers.claimed < 0 else _statement_failed(answers.error)
         if mapping.action == "update" and answers.written == 0:
-            return Applied(Outcome.RETRY, _UPDATE_MISSING, f"no row of {'.'.join(mapping.table)} has this key")
+            return Applied(Outcome.RETRY, UPDATE_MISSING, f"no row of {'.'.join(mapping.table)} has this key")
         self._on_step("executed")
         try:
             done = connection.execute("COMMIT")

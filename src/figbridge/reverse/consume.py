@@ -30,7 +30,7 @@ from figbridge.errors import BridgeError, QueueUnavailable
 from figbridge.event import Received
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
-from figbridge.reverse.apply import Applied, Applier, Outcome
+from figbridge.reverse.apply import UPDATE_MISSING, Applied, Applier, Outcome
 from figbridge.reverse.mapping import Malformed, Mapping, Mappings, parse
 from figbridge.reverse.waiting import Waiting
 from figbridge.transports import Delivery, Source
@@ -128,7 +128,7 @@ class Consumer:
     def _held_back(self, event: Received, mapping: Mapping) -> float | None:
         if not self._waiting:  # nearly always; no path is evaluated for nothing
             return None
-        delay = self._waiting.delay((event.source, event.id), mapping.target(event))
+        delay = self._waiting.delay((event.source, event.id), mapping.target(event), makes_row=mapping.makes_row)
         return delay if delay is None else max(delay, _SHORTEST_DELAY)
 
     def _apply(self, event: Received, mapping: Mapping, stop: threading.Event) -> Applied:
@@ -160,7 +160,9 @@ class Consumer:
             attempts=delivery.attempts,
             delay=round(delay, 1),
         )
-        self._waiting.add((event.source, event.id), mapping.target(event), delay)
+        key, target = (event.source, event.id), mapping.target(event)
+        row_missing = applied.reason == UPDATE_MISSING or (applied is _HELD_BACK and self._waiting.for_row(key, target))
+        self._waiting.add(key, target, delay, row_missing=row_missing)
         persist(lambda: delivery.nack(delay=delay), what="release", stop=stop)
         self._metrics.outcomes.labels(applied.outcome.value).inc()
 

@@ -150,6 +150,11 @@ class Mapping:
         values = {**self._key_values(event), **{column: path.value(event) for column, path in self._set.items()}}
         return Statement(self._query, _json(values, f"the columns for {'.'.join(self.table)}"))
 
+    @property
+    def makes_row(self) -> bool:
+        """Whether its statement brings a row that was not there."""
+        return self.action in {"insert", "upsert"}
+
     def idempotency_key(self, event: Received) -> str:
         """The producer's key, or the event's id where the mapping names none. Raises Malformed."""
         if self._idempotency_key is None:

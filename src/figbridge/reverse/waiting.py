@@ -3,6 +3,8 @@
     insert (its parent is not there yet) ──▶ released, comes again in 2 s
     delete of the same row               ──▶ applied now, it would find nothing, and the insert would bring the row back
 
+An update whose row is not there waits for the very event that brings the row, so it must not hold that one back.
+
 Invariant: an event is held back only by events that came before it; so the first of a row is always free to go, and
 nothing waits in a circle.
 
@@ -27,6 +29,7 @@ _LATE = 15.0
 class _Entry:
     target: Target
     due: float
+    row_missing: bool
 
 
 class Waiting:
@@ -39,22 +42,34 @@ class Waiting:
     def __bool__(self) -> bool:
         return bool(self._entries)
 
-    def add(self, key: EventKey, target: Target, delay: float) -> None:
-        """The event was released and comes again in `delay` seconds."""
-        self._entries[key] = _Entry(target, self._clock() + delay)
+    def add(self, key: EventKey, target: Target, delay: float, *, row_missing: bool = False) -> None:
+        """The event was released and comes again in `delay` seconds; `row_missing`: when its row is there."""
+        self._entries[key] = _Entry(target, self._clock() + delay, row_missing)
 
     def remove(self, key: EventKey) -> None:
         """The event is done with."""
         self._entries.pop(key, None)
 
-    def delay(self, key: EventKey, target: Target) -> float | None:
-        """Seconds until the earlier events are due that this one has to wait for; None when it may go."""
+    def delay(self, key: EventKey, target: Target, *, makes_row: bool = False) -> float | None:
+        """Seconds until the earlier events are due that this one has to wait for; None when it may go.
+
+        `makes_row`: the event brings the row, so it does not wait for those that wait for the row.
+        """
+        ahead = [it for it in self._ahead(key, target) if not (makes_row and it.row_missing)]
+        return max(0.0, max(entry.due for entry in ahead) - self._clock()) if ahead else None
+
+    def for_row(self, key: EventKey, target: Target) -> bool:
+        """Whether all that this event waits behind waits for the row: then so does this one."""
+        return all(entry.row_missing for entry in self._ahead(key, target))
+
+    def _ahead(self, key: EventKey, target: Target) -> list[_Entry]:
+        """The waiting events of the row that came before this one."""
         now = self._clock()
         self._entries = {other: entry for other, entry in self._entries.items() if entry.due + _LATE > now}
-        longest: float | None = None
+        ahead = []
         for other, entry in self._entries.items():
             if other == key:
                 break  # what follows came after it
             if entry.target.may_be(target):
-                longest = max(longest or 0.0, entry.due - now)
-        return longest
+                ahead.append(entry)
+        return ahead

@@ -1,0 +1,188 @@
+"""The reverse loop on a real queue: malformed and poisonous events are set aside, and the queue goes on."""
+
+import json
+import threading
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+import boto3
+import pytest
+
+from figbridge.config import MappingSection, SqsSourceSection
+from figbridge.deadletter import TableDeadLetterStore
+from figbridge.event import Event
+from figbridge.metrics import Metrics
+from figbridge.reverse.apply import Applier
+from figbridge.reverse.consume import Consumer
+from figbridge.reverse.mapping import Mappings
+from figbridge.transports import Source
+from figbridge.transports.local import LocalSink, LocalSource
+from figbridge.transports.sqs import SqsSource
+from fixtures.clock import until
+from fixtures.postgres import Database
+
+MAPPINGS = [
+    {
+        "match": {"source": "new", "detail-type": "made"},
+        "into": "public.thing",
+        "action": "insert",
+        "set": {"id": "detail.id", "parent": "detail.parent", "note": "detail.note"},
+    },
+    {
+        "match": {"source": "new", "detail-type": "noted"},
+        "into": "public.thing",
+        "action": "update",
+        "key": {"id": "detail.id"},
+        "set": {"note": "detail.note"},
+        "idempotency_key": "detail.change",
+    },
+]
+
+
+class Running:
+    """A consumer in a thread of its own."""
+
+    def __init__(self, database: Database, source: Source, max_attempts: int = 5) -> None:
+        self.metrics, self._stop = Metrics(), threading.Event()
+        self.failure: BaseException | None = None
+        self._consumer = Consumer(
+            source,
+            Mappings([MappingSection.model_validate(it) for it in MAPPINGS]),
+            Applier(database.dsn, statement_timeout=5, lock_timeout=2),
+            TableDeadLetterStore(database.dsn),
+            self.metrics,
+            max_attempts=max_attempts,
+        )
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self._consumer.run(self._stop)
+        except BaseException as error:  # noqa: BLE001 (the test looks at it)
+            self.failure = error
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+        assert self.failure is None
+
+    def all(self) -> str:
+        return "\n".join(
+            str(sample)
+            for metric in self.metrics.registry.collect()
+            for sample in metric.samples
+            if sample.name == "figbridge_reverse_events_total"
+        )
+
+    def outcome(self, name: str) -> float:
+        return self.metrics.registry.get_sample_value("figbridge_reverse_events_total", {"outcome": name}) or 0
+
+
+@pytest.fixture
+def legacy(each_database: Database) -> Database:
+    each_database.execute((resources.files("figbridge") / "schema.sql").read_text())
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY, parent int REFERENCES thing, note text)")
+    return each_database
+
+
+def event(number: int, detail_type: str, **detail: Any) -> Event:
+    return Event(f"e-{number}", "new", detail_type, str(number), datetime.now(UTC), json.dumps(detail).encode())
+
+
+def rows(database: Database) -> list[Any]:
+    return database.execute("SELECT id, parent, note FROM thing ORDER BY id")
+
+
+def test_events_that_wait_for_another_one_are_applied_after_it(legacy: Database, tmp_path: Path) -> None:
+    path = tmp_path / "bus.sqlite"
+    bus = LocalSink(path)
+    bus.publish([
+        event(1, "noted", id=1, note="last", change="c1"),  # before its row is there
+        event(2, "made", id=2, parent=1),  # before its parent is there
+        event(3, "made", id=1, note="first"),
+        event(4, "unheard-of", id=1),
+    ])  # fmt: skip
+    with Running(legacy, LocalSource(path, subscriber="s")) as running:
+        until(lambda: rows(legacy) == [(1, None, "last"), (2, 1, None)], 30, lambda: f"{rows(legacy)} {running.all()}")
+        until(lambda: running.outcome("applied") == 3)
+        assert running.outcome("ignored") == 1
+        assert running.outcome("retried") >= 2
+        assert running.outcome("dead_letter") == 0
+    bus.close()
+
+
+def test_what_waits_in_vain_becomes_a_dead_letter_and_leaves_no_claim(legacy: Database, tmp_path: Path) -> None:
+    path = tmp_path / "bus.sqlite"
+    bus = LocalSink(path)
+    bus.publish([event(1, "noted", id=404, note="x", change="c1")])
+    with Running(legacy, LocalSource(path, subscriber="s"), max_attempts=2) as running:
+        until(lambda: running.outcome("dead_letter") == 1, 20)
+    assert legacy.execute("SELECT reason, event_id, attempts FROM figbridge.dead_letter") == [
+        ("update_missing", "e-1", 2)
+    ]
+    assert legacy.execute("SELECT count(*) FROM figbridge.inbox") == [(0,)]
+    bus.close()
+
+
+def test_a_database_that_is_away_is_waited_for_and_is_no_reason_for_a_dead_letter(
+    legacy: Database, tmp_path: Path
+) -> None:
+    path = tmp_path / "bus.sqlite"
+    bus = LocalSink(path)
+    cut = """
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """
+    with Running(legacy, LocalSource(path, subscriber="s")) as running:
+        for number in range(1, 60):
+            bus.publish([event(number, "made", id=number)])
+            if number % 20 == 0:
+                legacy.execute(cut)
+        until(lambda: len(rows(legacy)) == 59, 30, lambda: f"{len(rows(legacy))} rows")
+        until(lambda: legacy.execute("SELECT count(*) FROM figbridge.inbox") == [(59,)])
+        assert running.outcome("dead_letter") == 0
+    bus.close()
+
+
+def test_malformed_and_poisonous_messages_are_set_aside_and_the_queue_goes_on(
+    legacy: Database, aws_endpoint: str
+) -> None:
+    sqs, events = boto3.client("sqs", endpoint_url=aws_endpoint), boto3.client("events", endpoint_url=aws_endpoint)
+    url = sqs.create_queue(QueueName="reverse")["QueueUrl"]
+    arn = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    events.create_event_bus(Name="bus")
+    events.put_rule(Name="rule", EventBusName="bus", EventPattern=json.dumps({"source": ["new"]}))
+    events.put_targets(Rule="rule", EventBusName="bus", Targets=[{"Id": "1", "Arn": arn}])
+    bad = [
+        "not json",
+        "[1]",
+        '{"source": "new"}',
+        '{"id":"i","source":"new","detail-type":"made","detail":"text"}',
+        '{"id":"i","source":"new","detail-type":"made","detail":{"id":NaN}}',
+    ]
+    for body in bad:
+        sqs.send_message(QueueUrl=url, MessageBody=body)
+    for detail in ({"id": "not a number"}, {"id": 1, "note": "good"}):
+        put = {"Source": "new", "DetailType": "made", "Detail": json.dumps(detail), "EventBusName": "bus"}
+        assert events.put_events(Entries=[put])["FailedEntryCount"] == 0  # type: ignore[list-item]
+    section = SqsSourceSection(
+        type="sqs", queue_url=url, region="eu-west-1", endpoint_url=aws_endpoint, visibility_timeout=30
+    )
+    with Running(legacy, SqsSource(section)) as running:
+        until(lambda: rows(legacy) == [(1, None, "good")], 30, lambda: f"{rows(legacy)} {running.failure}")
+        until(lambda: running.outcome("dead_letter") == len(bad) + 1, 20)
+    letters = legacy.execute("SELECT reason, body, message FROM figbridge.dead_letter")
+    assert len(letters) == len(bad) + 1
+    assert {bytes(body).decode() for _, body, _ in letters} >= set(bad)
+    assert [reason for reason, body, _ in letters if b"not a number" in bytes(body)] == ["22P02"]
+    attributes = sqs.get_queue_attributes(
+        QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    )["Attributes"]
+    assert set(attributes.values()) == {"0"}

@@ -1,0 +1,56 @@
+import http.client
+from collections.abc import Iterator
+
+import pytest
+
+from figbridge.errors import SetupError
+from figbridge.http import HttpServer
+from figbridge.metrics import Metrics
+
+
+class Served:
+    def __init__(self) -> None:
+        self.metrics, self.alive = Metrics(), True
+        self.server = HttpServer(("127.0.0.1", 0), self.metrics, parts=["forward", "reverse"], alive=lambda: self.alive)
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=5)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        body = response.read().decode()
+        connection.close()
+        return response.status, body
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    it = Served()
+    yield it
+    it.server.close()
+
+
+def test_ready_is_every_part_and_says_which_is_not(served: Served) -> None:
+    served.metrics.ready.labels("forward").set(1)
+    assert served.get("/readyz") == (503, "not ready: reverse\n")
+    served.metrics.ready.labels("reverse").set(1)
+    assert served.get("/readyz") == (200, "ready\n")
+
+
+def test_live_is_every_loop(served: Served) -> None:
+    assert served.get("/livez")[0] == 200
+    served.alive = False
+    assert served.get("/livez")[0] == 503
+
+
+def test_metrics_and_nothing_else(served: Served) -> None:
+    served.metrics.published.labels("file").inc(3)
+    status, body = served.get("/metrics")
+    assert status == 200
+    assert 'figbridge_forward_published_total{sink="file"} 3.0' in body
+    assert served.get("/")[0] == 404
+
+
+def test_an_address_in_use_is_a_setup_error_with_a_remedy(served: Served) -> None:
+    with pytest.raises(SetupError, match=r"http\.listen") as caught:
+        HttpServer(("127.0.0.1", served.server.port), Metrics(), parts=[], alive=lambda: True)
+    assert caught.value.exit_status == 2
