@@ -17,6 +17,9 @@ class Metrics:
         )
         self.published = self._counter("forward_published", "Events that are durable at the sink.", "sink")
         self.echoes = self._counter("forward_echoes", "Row changes of our own reverse transactions, not published.")
+        self.late_marks = self._counter(
+            "forward_late_marks", "Inbox rows that came after data of their transaction: those rows left and may loop."
+        )
         self.rejected = self._counter(
             "forward_rejected", "Entries that the sink refused, by the service's code.", "sink", "code"
         )

@@ -206,7 +206,7 @@ def test_our_own_transactions_do_not_leave_and_the_next_ones_do(each_database: D
     with Forward(each_database, "pub", "inbox") as forward:
         assert [it["key"]["id"] for it in forward.until_events(3)] == [2, 3, 5]
         assert forward.echo.canaries.get(timeout=5) == nonce
-        assert forward.echo.late_marks == 1
+        assert forward.metric("forward_late_marks_total") == 1
         assert forward.metric("forward_echoes_total") == 6
         assert {event.detail_type.split(".")[0] for event in forward.sink.events} == {"thing"}
 

@@ -127,14 +127,12 @@ class EmbeddedPostgres:
         self._run("initdb", "-D", self._data, "-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "-N")
 
     def _reachable(self) -> bool:
-        probe = (
-            subprocess.run(
-                [self._binaries / "postgres", "--version"], capture_output=True, check=False, **self._as_user()
-            )
-            if os.access(self._binaries, os.X_OK)
-            else None
-        )
-        return probe is not None and probe.returncode == 0
+        """Whether the unprivileged user may run the programs where they are (not in a .venv under /root)."""
+        command = [self._binaries / "postgres", "--version"]
+        try:
+            return subprocess.run(command, capture_output=True, check=False, **self._as_user()).returncode == 0
+        except PermissionError:
+            return False
 
     def _copy_binaries(self) -> Path:
         # the programs find their libraries and share/ by relative paths: keep the package's layout

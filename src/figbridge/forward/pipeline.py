@@ -294,7 +294,8 @@ class Capture:
         self._counts.clear()
         if self._echoes:
             self._metrics.echoes.inc(self._echoes)
-            self._echoes = 0
+            self._metrics.late_marks.inc(self._echo.late_marks)
+            self._echoes = self._echo.late_marks = 0
 
     def _keepalive(self, message: bytes, opened: _Open) -> bool:
         end, asked = read_keepalive(message)
