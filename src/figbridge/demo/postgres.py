@@ -128,7 +128,7 @@ class EmbeddedPostgres:
 
     def _reachable(self) -> bool:
         """Whether the unprivileged user may run the programs where they are (not in a .venv under /root)."""
-        command = [self._binaries / "postgres", "--version"]
+        command = [str(self._binaries / "postgres"), "--version"]
         try:
             return subprocess.run(command, capture_output=True, check=False, **self._as_user()).returncode == 0
         except PermissionError:
