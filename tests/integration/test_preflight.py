@@ -3,6 +3,8 @@
 What init does about a finding is in test_provision.py, what concerns the server in test_preflight_server.py.
 """
 
+import contextlib
+
 import psycopg
 import pytest
 
@@ -160,6 +162,22 @@ def test_a_generated_column_in_the_identity_breaks_updates_since_18(each_databas
     else:
         provision.initialise(config)
         each_database.execute("INSERT INTO shop.t VALUES (1); UPDATE shop.t SET id = 2; DELETE FROM shop.t")
+
+
+@pytest.mark.pg(">= 18")
+@pytest.mark.parametrize(
+    ("columns", "broken"), [("(twice)", True), ("(id, twice)", True), ("(id)", False), ("(id) INCLUDE (twice)", False)]
+)
+def test_a_generated_column_in_an_identity_index(database: Database, columns: str, *, broken: bool) -> None:
+    database.execute(
+        f"{SHOP} CREATE TABLE shop.t (id int NOT NULL, twice int NOT NULL GENERATED ALWAYS AS (id * 2) STORED); "
+        f"CREATE UNIQUE INDEX t_u ON shop.t {columns}; ALTER TABLE shop.t REPLICA IDENTITY USING INDEX t_u"
+    )
+    config = config_of(database.dsn, "shop.t", slot=database.slot)
+    assert inspected(config).errors == (["table shop.t"] if broken else [])
+    database.execute("CREATE PUBLICATION figbridge FOR TABLE shop.t; INSERT INTO shop.t VALUES (1)")
+    with pytest.raises(psycopg.errors.InvalidColumnReference) if broken else contextlib.nullcontext():
+        database.execute("UPDATE shop.t SET id = 2")  # the server has the last word
 
 
 def test_a_misspelt_table_and_a_hopeless_one(shop: Database) -> None:

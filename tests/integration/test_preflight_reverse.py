@@ -154,6 +154,28 @@ def test_what_is_said_to_fit_does(shop: Database, columns: tuple[Any, ...]) -> N
         execute()
 
 
+def test_an_upsert_reads_what_it_sets(shop: Database) -> None:
+    """EXCLUDED.status counts as reading status; a right on the key alone is not enough, and the server agrees."""
+    tree = mapping("shop.orders", "upsert", ["id"], ["status"])
+    statement = Mapping(MappingSection.model_validate(tree)).statement(
+        Received("e", "s", "t", {"detail": {"id": 1, "status": "a"}})
+    )
+    with role(shop) as (name, dsn):
+        shop.execute(
+            f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT SELECT (id), INSERT, UPDATE ON shop.orders TO {name}"
+        )
+        config = config_of(dsn, slot=shop.slot, mappings=[tree])
+        finding = inspected(config, "run").only("error", "reverse.mappings.0")
+        assert finding.what == f"role {name} lacks SELECT for shop.orders"
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            cursor = psycopg.RawCursor(connection)
+            with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                cursor.execute(statement.query, [statement.document])
+            shop.execute(f"GRANT SELECT (status) ON shop.orders TO {name}")
+            cursor.execute(statement.query, [statement.document])
+        assert inspected(config, "run").only("ok", "reverse.mappings.0")
+
+
 def test_a_sequence_that_the_role_may_not_use(shop: Database) -> None:
     with role(shop) as (name, dsn):
         shop.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT INSERT ON shop.strict TO {name}")

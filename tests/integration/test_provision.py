@@ -26,7 +26,7 @@ from fixtures.postgres import Database, _fresh
 
 # a name with everything that SQL, psql, plpgsql and a comment could trip over
 ODD_SCHEMA = '"Odd ""%s\' \\ :x"'
-ODD = ODD_SCHEMA + '."$figbridge$\r\nDROP TABLE shop.orders;--"'
+ODD = ODD_SCHEMA + '."$figbridge$\rDROP TABLE shop.orders;--\r\nx"'
 TABLES = ["shop.orders", "shop.audit", "shop.indexed", "shop.days", ODD]
 DDL = f"""
     CREATE SCHEMA shop;
