@@ -95,7 +95,7 @@ def script(config: Config) -> str:
     ]
     parts += [_comment(_ROLE.format(role=quote(_role(dsn)))), "BEGIN;", f"{LOCK_TIMEOUT};"]
     if reverse.own_tables(config):
-        parts += [_comment(_SCHEMA), schema_sql().strip()]
+        parts.append(schema_sql().strip())
     for name, (tables, operations) in publications(config).items():
         parts += [_comment(_PUBLICATION[operations]), publication_sql(name, tables, operations)]
     if config.forward:
@@ -163,7 +163,6 @@ _ROLE: Final = """\
 The role of the bridge: a suggestion, its rights are at the end. \\password in psql sets its password.
 CREATE ROLE {role} WITH LOGIN REPLICATION;
 On Amazon RDS:  CREATE ROLE {role} WITH LOGIN; GRANT rds_replication TO {role};"""
-_SCHEMA: Final = "All tables of ours, in one schema of their own."
 _PUBLICATION: Final[Mapping[Sequence[str], str]] = {
     stream.PUBLISHED: """\
 The publication: the configured tables and no others. Rows of a partitioned table leave under its name, not under the
