@@ -4,6 +4,7 @@ Live means that every loop still runs: a restart helps if not. Ready means that 
 loop guard is proven: a stand-by replica that waits for the slot is live and not ready, and must not be restarted.
 """
 
+import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from socketserver import ThreadingMixIn
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True  # a scraper that hangs must not keep the process alive
+
+
+class _Server6(_Server):
+    address_family = socket.AF_INET6
 
 
 class _Handler(WSGIRequestHandler):
@@ -44,7 +49,9 @@ class HttpServer:
         self._alive = alive
         self._exposition: WSGIApplication = make_wsgi_app(metrics.registry)
         try:
-            self._server = make_server(*address, self._answer, server_class=_Server, handler_class=_Handler)
+            self._server = make_server(
+                *address, self._answer, server_class=_Server6 if ":" in address[0] else _Server, handler_class=_Handler
+            )
         except OSError as error:
             remedy = "choose another http.listen, or end the process that listens there"
             raise SetupError(

@@ -40,6 +40,9 @@ class Metrics:
             "Events of the new system by outcome: applied, duplicate, ignored, retried, dead_letter.",
             "outcome",
         )
+        for outcome in ("applied", "duplicate", "ignored", "retried", "dead_letter"):
+            # from the start at 0: to Prometheus a series that appears with 1 has not increased, so no alert would fire
+            self.outcomes.labels(outcome)
         self.apply_seconds = Histogram(
             "reverse_apply_seconds",
             "Seconds of one legacy transaction of ours.",

@@ -1,4 +1,6 @@
+import contextlib
 import http.client
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -6,15 +8,23 @@ import pytest
 from figbridge.errors import SetupError
 from figbridge.http import HttpServer
 from figbridge.metrics import Metrics
+from figbridge.reverse.apply import Outcome
+
+
+def _has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
 
 
 class Served:
-    def __init__(self) -> None:
-        self.metrics, self.alive = Metrics(), True
-        self.server = HttpServer(("127.0.0.1", 0), self.metrics, parts=["forward", "reverse"], alive=lambda: self.alive)
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self.metrics, self.alive, self.host = Metrics(), True, host
+        self.server = HttpServer((host, 0), self.metrics, parts=["forward", "reverse"], alive=lambda: self.alive)
 
     def get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=5)
+        connection = http.client.HTTPConnection(self.host, self.server.port, timeout=5)
         connection.request("GET", path)
         response = connection.getresponse()
         body = response.read().decode()
@@ -48,6 +58,21 @@ def test_metrics_and_nothing_else(served: Served) -> None:
     assert status == 200
     assert 'figbridge_forward_published_total{sink="file"} 3.0' in body
     assert served.get("/")[0] == 404
+
+
+def test_every_outcome_is_counted_from_zero_so_that_the_first_one_is_an_increase() -> None:
+    samples = [sample for metric in Metrics().registry.collect() for sample in metric.samples]
+    counted = {it.labels["outcome"]: it.value for it in samples if it.name == "figbridge_reverse_events_total"}
+
+    assert counted == dict.fromkeys(Outcome, 0)
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 on this machine's loopback")
+def test_an_ipv6_address_is_served_too() -> None:
+    served = Served("::1")
+
+    assert served.get("/livez")[0] == 200
+    served.server.close()
 
 
 def test_an_address_in_use_is_a_setup_error_with_a_remedy(served: Served) -> None:
