@@ -59,7 +59,9 @@ def docker(*arguments: str, check: bool = True) -> str:
 def _base() -> str:
     if not (client := _client()):
         pytest.skip("no docker client here that builds with BuildKit (docker, and its plug-in buildx)")
-    probe = subprocess.run([client, "info"], capture_output=True, text=True, check=False)
+    probe = subprocess.run(
+        [client, "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=False
+    )
     if probe.returncode:
         pytest.skip(f"no Docker engine answers: {probe.stderr.strip()[-200:]}")
     if given := os.environ.get("FIGBRIDGE_BASE_IMAGE"):
