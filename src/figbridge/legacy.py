@@ -6,6 +6,7 @@ when the server is gone, and never leaves a transaction idle.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import psycopg
@@ -80,3 +81,36 @@ def primary_key(dsn: str, schema: str, table: str) -> tuple[str, ...]:
             [schema, table],
         ).fetchall()
         return tuple(name for (name,) in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class TypeDescription:
+    """What a type is made of, as far as that never changes while the type exists.
+
+    base        a domain's type, which may be a domain again; None for every other type
+    element     an array's element type; None for every other type
+    delimiter   what stands between the elements of its literal; only box has another than a comma
+    """
+
+    base: int | None
+    element: int | None
+    delimiter: str
+
+
+def type_description(dsn: str, type_oid: int) -> TypeDescription | None:
+    """A type of the catalogue as it is now; None when there is no such type (any more). Raises as `connect`.
+
+    https://www.postgresql.org/docs/current/catalog-pg-type.html
+    """
+    with connect(dsn, purpose="catalogue", autocommit=True) as connection, translated():
+        row = connection.execute(
+            """
+            -- typelem is also set for name, point and their like: an array is what is another type's typarray
+            SELECT nullif(t.typbasetype, 0)::int8, e.oid::int8, coalesce(e.typdelim, ',')::text
+            FROM pg_catalog.pg_type t
+            LEFT JOIN pg_catalog.pg_type e ON e.typarray = t.oid
+            WHERE t.oid = %s
+            """,
+            [type_oid],
+        ).fetchone()
+        return TypeDescription(*row) if row else None

@@ -1,36 +1,50 @@
-"""PostgreSQL's text output → JSON, by column type: what the database holds is what the event says.
+r"""PostgreSQL's text output → JSON, by column type: what the database holds is what the event says.
 
-The rule is ``to_jsonb`` of the server, with three exceptions, because ours must survive any JSON parser:
+The rule is ``to_json`` of the server (``to_jsonb`` would already drop a json column's duplicate keys and refuse its
+lone surrogates). docs/types.md lists every type. The exceptions, so that an event survives any JSON parser and any DDL:
 
-* NaN and the infinities, which JSON does not know, are strings (as in to_jsonb).
 * with ``numbers: safe`` a number that a double cannot hold to its last digit is a string of its exact digits.
 * an array with explicit lower bounds stays PostgreSQL's literal, a string: a JSON array has no bounds.
+* a composite value stays its literal, ``(1,"a b")``, a string. Its attributes are known from the catalogue alone, and
+  the catalogue is of now while the row is of then: ALTER TYPE … RENAME, DROP or ADD ATTRIBUTE in between, which neither
+  PostgreSQL forbids nor the stream tells, would put values under wrong names. A wrong row is worse than a literal.
+* a type of an extension (hstore, citext, vector) is a string of its text output, also where it has a cast to json.
+* a byte that is not UTF-8, which only a database of encoding SQL_ASCII holds, is the escape ``\udc80`` … ``\udcff``.
 
-A type that is not known here leaves as a string of its text output: nothing is dropped, nulled or clamped.
+A domain is encoded as its base type, an array of whatever type as a JSON array: both are fixed when the type is made,
+so they can be looked up late. A type that is gone by then leaves as text: nothing is dropped, nulled or clamped.
+
+No encoder emits a line break (a line of a file sink is one event) or anything but JSON in UTF-8.
 
 The encoders rely on the session settings that `source` makes: ISO dates, UTC, intervalstyle postgres,
 extra_float_digits 3, bytea_output hex, client_encoding UTF8.
 """
 
+import json
 import re
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Final, Literal
 
 import orjson
 from psycopg.postgres import types as _registry
 
+from figbridge.legacy import TypeDescription
+
 Encoder = Callable[[bytes], bytes]
 
-_needs_escape = re.compile(rb'[\x00-\x1f"\\]').search
-_LAST_DIGIT = ord("9")
+_dumps: Final = orjson.dumps
+_BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
+_LAST_DIGIT: Final = ord("9")
 
 
 def text(value: bytes) -> bytes:
     """A JSON string."""
-    if _needs_escape(value):
-        return orjson.dumps(value.decode())
-    return b'"%b"' % value
+    # decode and dumps are together faster than a search for what needs an escape
+    try:
+        return _dumps(value.decode())
+    except UnicodeDecodeError:
+        return json.dumps(value.decode(errors="surrogateescape")).encode()
 
 
 def boolean(value: bytes) -> bytes:
@@ -38,11 +52,18 @@ def boolean(value: bytes) -> bytes:
     return b"true" if value == b"t" else b"false"
 
 
+def char(value: bytes) -> bytes:
+    """The one-byte type ``"char"``: a byte beyond ASCII as the octal escape that later servers print themselves."""
+    return text(value) if value.isascii() else b'"\\\\%03o"' % value[0]
+
+
 def document(value: bytes) -> bytes:
     """Columns of type json and jsonb hold JSON already; a line break in it can only stand between tokens."""
-    # a line of a file is one event
     if b"\n" in value or b"\r" in value:
-        return value.replace(b"\n", b" ").replace(b"\r", b" ")
+        value = value.replace(b"\n", b" ").replace(b"\r", b" ")
+    if not value.isascii():
+        # unchanged where it is UTF-8; backslashreplace writes a surrogate as JSON does
+        return value.decode(errors="surrogateescape").encode(errors="backslashreplace")
     return value
 
 
@@ -58,10 +79,8 @@ def exact_number(value: bytes) -> bytes:
 
 def safe_number(value: bytes) -> bytes:
     """int8 and numeric as a number when every double-based parser reads it back to the digit, else as a string."""
-    if value[-1] > _LAST_DIGIT:
-        return b'"%b"' % value
     # 15 significant decimal digits always survive a double; a sign and a point take two more bytes
-    if len(value) <= 15 or _survives_double(value):
+    if value[-1] <= _LAST_DIGIT and (len(value) <= 15 or _survives_double(value)):
         return value
     return b'"%b"' % value
 
@@ -71,9 +90,9 @@ def _survives_double(value: bytes) -> bool:
         return False  # beyond the smallest and the largest double
     digits = value.lstrip(b"-")
     if b"." not in digits:
-        number = int(digits)
-        # 2**53 + 1 is the first integer a double cannot hold; some larger ones it can, which would be a lottery
-        return number <= 2**53
+        # the range that https://www.rfc-editor.org/rfc/rfc8259#section-6 calls interoperable, JavaScript's safe
+        # integers; some larger ones a double holds too, which would be a lottery
+        return int(digits) < 2**53
     return len(digits.replace(b".", b"").lstrip(b"0")) <= 15
 
 
@@ -95,6 +114,8 @@ def array(element: Encoder, delimiter: str = ",") -> Encoder:
 
     https://www.postgresql.org/docs/current/arrays.html#ARRAYS-IO
     """
+    if element is raw:
+        return _integers
     separator = re.escape(delimiter.encode())
     token = re.compile(rb'[{}]|%b|"((?:[^"\\]|\\.)*)"|([^{}"%b]+)' % (separator, separator), re.DOTALL)
     unescape = re.compile(rb"\\(.)", re.DOTALL).sub
@@ -118,18 +139,70 @@ def array(element: Encoder, delimiter: str = ",") -> Encoder:
     return encode
 
 
-def _raw(value: bytes) -> bytes:
+def _integers(value: bytes) -> bytes:
+    """The same, where no element can need a quote."""
+    if not value.startswith(b"{"):
+        return text(value)
+    return value.translate(_BRACKETS).replace(b"NULL", b"null")
+
+
+def vector(element: Encoder) -> Encoder:
+    """An encoder of int2vector and oidvector, the arrays of the system catalogues: elements with spaces between."""
+
+    def encode(value: bytes) -> bytes:
+        return b"[%b]" % b",".join(map(element, value.split()))
+
+    return encode
+
+
+def raw(value: bytes) -> bytes:
+    """An integer that every parser reads."""
     return value
 
 
-def _scalars(numbers: Encoder) -> dict[str, Encoder]:
-    return {
+class Encoders:
+    """Type OID → encoder, for whatever type a column has. Belongs to one thread.
+
+    `describe` is asked once for each OID that PostgreSQL does not fix itself; None, for a type that is gone, is an
+    answer too.
+    """
+
+    def __init__(self, numbers: Literal["safe", "exact"], describe: Callable[[int], TypeDescription | None]) -> None:
+        self._known = dict(_built_in(numbers))
+        self._describe = describe
+
+    def of(self, type_oid: int) -> Encoder:
+        """The encoder of the type. Raises what `describe` raises, and then asks again the next time."""
+        found = self._known.get(type_oid)
+        if found is None:
+            found = self._known[type_oid] = self._made(self._describe(type_oid))
+        return found
+
+    def _made(self, described: TypeDescription | None) -> Encoder:
+        if described is not None and described.base:
+            return self.of(described.base)
+        if described is not None and described.element:
+            return array(self.of(described.element), described.delimiter)
+        return text
+
+
+def encoders(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
+    """Type OID → encoder, of every built-in type that is not plain text; all others are `text`."""
+    return {oid: encoder for oid, encoder in _built_in(numbers).items() if encoder is not text}
+
+
+@lru_cache
+def _built_in(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
+    number = safe_number if numbers == "safe" else exact_number
+    scalars = {
         "bool": boolean,
-        "int2": _raw,
-        "int4": _raw,
-        "oid": _raw,
-        "int8": numbers,
-        "numeric": numbers,
+        '"char"': char,
+        "int2": raw,
+        "int4": raw,
+        "int8": number,
+        "int2vector": vector(raw),
+        "oidvector": vector(text),
+        "numeric": number,
         "float4": float_,
         "float8": float_,
         "json": document,
@@ -137,17 +210,9 @@ def _scalars(numbers: Encoder) -> dict[str, Encoder]:
         "timestamp": timestamp,
         "timestamptz": timestamptz,
     }
-
-
-@lru_cache
-def encoders(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
-    """Type OID → encoder, of every built-in type that is not plain text; all others are `text`."""
-    scalars = _scalars(safe_number if numbers == "safe" else exact_number)
     found: dict[int, Encoder] = {}
     for info in _registry:
-        encoder = scalars.get(info.name, text)
-        if encoder is not text:
-            found[info.oid] = encoder
+        found[info.oid] = encoder = scalars.get(info.name, text)
         if info.array_oid:
             found[info.array_oid] = array(encoder, info.delimiter)
     return found
