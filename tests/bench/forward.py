@@ -1,130 +1,115 @@
-"""The forward path against pg_recvlogical, on one backlog.
+"""The forward path's figures: rate against peers, memory, latency; each on a backlog of its own, all on one server."""
 
-The same backlog for both: N rows of a 10-column orders table, in 10-row transactions and in one transaction. Each run
-reads it from a slot of its own, all slots made before the first row. pg_recvlogical writes what it receives to
-/dev/null, undecoded: the most a reader of this server can do. figbridge decodes, makes events with the default
-envelope, and appends them to a file, with fsync.
-
-Printed: the median of each, the ratio of the medians, and our CPU time a change.
-"""
-
-import contextlib
-import logging
-import multiprocessing
-import resource
+import math
+import re
 import statistics
-import subprocess
 import tempfile
-import threading
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import psycopg
-import structlog
+from bench import peers, proc
+from bench.backlog import INSERT_ONE, Backlog, Legacy
+from bench.ours import Bridge, Load
+from bench.report import Latency, Line, Report, say
+from fixtures.clock import until
 
-from figbridge.demo.postgres import EmbeddedPostgres
-from figbridge.forward.checkpoint import Checkpoint
-from figbridge.forward.echo import EchoFilter
-from figbridge.forward.pipeline import Buffer, Capture, Publish
-from figbridge.forward.publish import Publisher
-from figbridge.forward.shape import Naming, Shaper
-from figbridge.forward.source import ReplicationSource
-from figbridge.metrics import Metrics
-from figbridge.transports.file import FileSink
-
-_TABLE = """
-CREATE TABLE orders (
-    id bigint PRIMARY KEY, customer text, total numeric(12,2), currency char(3), placed_at timestamptz,
-    paid boolean, note text, document jsonb, changed_at timestamp, quantity int
-);
-CREATE PUBLICATION bench FOR TABLE orders;
-"""
-_ROWS = """
-INSERT INTO orders SELECT n, 'customer ' || n, n * 1.01, 'EUR', now(), n %% 2 = 0, 'a "quoted" note, with a comma',
-    jsonb_build_object('tags', jsonb_build_array('a', 'b'), 'n', n), localtimestamp, n %% 100
-FROM generate_series(%s::bigint, %s::bigint) AS n
-"""
+PEER = "pg_recvlogical → /dev/null"
+OURS = "figbridge → file"
 
 
-def _backlog(connection: psycopg.Connection, rows: int, per_transaction: int) -> str:
-    with connection.cursor() as cursor, connection.pipeline():
-        for first in range(0, rows, per_transaction):
-            cursor.execute(_ROWS, [first, first + per_transaction - 1])
-            connection.commit()
-    row = connection.execute("SELECT pg_current_wal_insert_lsn()").fetchone()
-    connection.commit()
-    assert row
-    return str(row[0])
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much is measured; the defaults keep the whole within five minutes on two cores."""
+
+    rows: int
+    runs: int
+    large_rows: int
+    admit: int
+    slow_seconds: float
+    latency_seconds: int
+    commits: int = 1000
 
 
-def _peer(server: EmbeddedPostgres, slot: str, end: str) -> float:
-    command = [
-        str(server.program("pg_recvlogical")), "-d", server.dsn(), "-S", slot, "--start", "-f", "/dev/null", "-E", end,
-        "-o", "proto_version=1", "-o", "publication_names=bench", "--no-loop",
-    ]  # fmt: skip
-    began = time.perf_counter()
-    subprocess.run(command, check=True)
-    return time.perf_counter() - began
+def rate(legacy: Legacy, size: Size, report: Report, debezium_python: str | None) -> None:
+    """The backlog in 10-row transactions, then the same rows in one; peers and figbridge in turn.
+
+    In turn, so that a slow minute of the machine hits all of them. The Debezium engine reads the first backlog, once.
+    """
+    if missing := peers.debezium_missing(debezium_python):
+        report.skipped.append(f"the Debezium engine: {missing}")
+        debezium_python = None
+    for per_transaction in (10, size.rows):
+        engine = debezium_python if per_transaction == 10 else None
+        slots = [f"{who}_{run}" for run in range(size.runs) for who in ("peer", "ours")]
+        backlog = legacy.fill([*slots, "debezium"] if engine else slots, size.rows, per_transaction)
+        peer, ours = [], []
+        for run in range(size.runs):
+            say(f"{backlog}: run {run + 1} of {size.runs}")
+            peer.append(peers.pg_recvlogical(legacy, f"peer_{run}", backlog))
+            ours.append(_whole(legacy, f"ours_{run}", backlog)[0])
+        best = statistics.median(it.seconds for it in peer)
+        report.lines.append(Line.of(str(backlog), PEER, size.rows, peer, best=best))
+        report.lines.append(Line.of(str(backlog), OURS, size.rows, ours, best=best))
+        if engine:
+            say(f"{backlog}: Debezium engine")
+            done = peers.debezium(engine, legacy, "debezium", backlog)
+            report.lines.append(Line.of(str(backlog), "Debezium engine → nothing", size.rows, [done], best=best))
 
 
-def ours(dsn: str, slot: str, end: str, answer: "multiprocessing.Queue[tuple[float, float]]") -> None:
-    """In a process of its own, so that its CPU time is all ours."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    metrics, checkpoint, stop, halt = Metrics(), Checkpoint(), threading.Event(), threading.Event()
-    with tempfile.TemporaryDirectory() as directory, contextlib.closing(FileSink(Path(directory) / "events")) as sink:
-        source, buffer = ReplicationSource(dsn, slot, ("bench",)), Buffer(64 << 20, metrics)
-        naming = Naming("bench", "legacy.{database}", "{table}.{operation}")
-        capture = Capture(
-            source, slot=slot, echo=EchoFilter(), shaper=Shaper(naming, "safe", lambda _: ()), buffer=buffer,
-            checkpoint=checkpoint, metrics=metrics, halt=halt,
-        )  # fmt: skip
-        publish = Publish(buffer, Publisher(sink, None, metrics, halt), checkpoint, source, metrics)
-        high, low = (int(part, 16) for part in end.split("/"))
-        target = (high << 32) | low
-        began, cpu = time.perf_counter(), _cpu()
-        threads = [threading.Thread(target=loop.run, args=(stop,)) for loop in (capture, publish)]
-        for thread in threads:
-            thread.start()
-        while checkpoint.flushed < target:
-            stop.wait(0.01)
-        seconds, used = time.perf_counter() - began, _cpu() - cpu
-        stop.set()
-        for thread in threads:
-            thread.join()
-        source.close()
-        answer.put((seconds, used))
+def _whole(legacy: Legacy, slot: str, backlog: Backlog) -> tuple[proc.Finished, list[int]]:
+    """All of `backlog` through figbridge, and its memory over time."""
+    with Bridge(legacy.dsn, slot, Load()) as bridge:
+        run, resident = bridge.read_until(backlog.end)
+    if run.rows != backlog.rows:
+        raise RuntimeError(f"{run.rows} rows are in the file, {backlog.rows} in the table")
+    return run.finished(), resident
 
 
-def _cpu() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def slow(legacy: Legacy, size: Size, report: Report) -> None:
+    """A sink that takes less than the source gives: whatever is not bounded grows now."""
+    backlog = legacy.fill(["slow"], size.rows, 10)
+    say(f"{backlog}: a sink that admits {size.admit:,} rows/s, for {size.slow_seconds:g} s")
+    with Bridge(legacy.dsn, "slow", Load(admit=size.admit, seconds=size.slow_seconds)) as bridge:
+        run, resident = bridge.read_until(backlog.end)
+    if not run.filled:
+        raise RuntimeError("the buffer was never full: more --rows, or a lower --admit")
+    runs = [run.finished()]
+    report.lines.append(Line.of(str(backlog), "figbridge → slow file", run.rows, runs, resident=resident, paced=True))
 
 
-def compare(rows: int, runs: int, per_transaction: int) -> None:
-    """Measure and print one line."""
-    spawn = multiprocessing.get_context("spawn")
-    with EmbeddedPostgres(settings={"max_replication_slots": "50"}) as server:
-        with psycopg.connect(server.dsn()) as connection:
-            connection.execute(_TABLE)
-            connection.commit()
-            slots = [f"{who}_{run}" for run in range(runs) for who in ("peer", "ours")]
-            for slot in slots:
-                connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
-                connection.commit()
-            end = _backlog(connection, rows, per_transaction)
-        peer, own, cpu = [], [], []
-        for run in range(runs):  # in turn, so that a slow minute of the machine hits both
-            peer.append(_peer(server, f"peer_{run}", end))
-            answer: multiprocessing.Queue[tuple[float, float]] = spawn.Queue()
-            process = spawn.Process(target=ours, args=(server.dsn(), f"ours_{run}", end, answer))
-            process.start()
-            seconds, used = answer.get(timeout=600)
-            process.join()
-            own.append(seconds)
-            cpu.append(used)
-    fast, slow = rows / statistics.median(peer), rows / statistics.median(own)
-    print(
-        f"{rows} rows, {per_transaction} a transaction, PostgreSQL {server.version}, median of {runs}: "
-        f"pg_recvlogical {fast:,.0f} rows/s, figbridge {slow:,.0f} rows/s, ratio {slow / fast:.2f}, "
-        f"{1e6 * statistics.median(cpu) / rows:.1f} µs CPU a change"
+def large(legacy: Legacy, size: Size, report: Report) -> None:
+    """One transaction that is much larger than any buffer."""
+    backlog = legacy.fill(["large"], size.large_rows, size.large_rows)
+    say(f"{backlog}: memory")
+    done, resident = _whole(legacy, "large", backlog)
+    report.lines.append(Line.of(str(backlog), OURS, backlog.rows, [done], resident=resident))
+
+
+def latency(legacy: Legacy, size: Size, report: Report) -> None:
+    """Commit to durable: pgbench commits rows at a fixed rate, one a transaction, from a process of its own."""
+    say(f"latency at {size.commits:,} commits/s, for {size.latency_seconds} s")
+    legacy.begin(["latency"])
+    with tempfile.TemporaryDirectory(prefix="figbridge-bench-") as directory:
+        script = Path(directory) / "insert.sql"
+        script.write_text(INSERT_ONE)
+        command = [
+            legacy.program("pgbench"), "-n", "-M", "prepared", "-f", str(script), "-R", str(size.commits),
+            "-c", "4", "-T", str(size.latency_seconds), legacy.dsn,
+        ]  # fmt: skip
+        with Bridge(legacy.dsn, "latency", Load(timed=True)) as bridge:
+            until(lambda: legacy.streaming("latency"), 60, "the bridge reads its slot")
+            written = proc.run(command, deadline=size.latency_seconds + 60)
+            run, _ = bridge.read_until(legacy.end())
+    match = re.search(r"^tps = ([\d.]+)", written.output, re.MULTILINE)
+    if match is None or len(run.latencies) != run.rows:
+        raise RuntimeError(f"{len(run.latencies)} latencies of {run.rows} rows; pgbench said: {written.output}")
+    milliseconds = sorted(1000 * seconds for seconds in run.latencies)
+    report.latency = Latency(
+        float(match[1]), run.rows, percentile(milliseconds, 50), percentile(milliseconds, 99), milliseconds[-1]
     )
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Of sorted `values`, by nearest rank: one that occurred, at or below which `percent` of all lie."""
+    return values[max(0, math.ceil(len(values) * percent / 100) - 1)]
