@@ -204,6 +204,11 @@ class LegacySection(Section):
         description="Name of the publication. The inbox has one of its own, named <publication>_inbox.",
     )
     tables: Tables = Field(description="The tables to publish, as schema.table. Never all tables of a database.")
+    failover: bool = Field(
+        True,
+        description="Make the slot so that a standby can keep it (PostgreSQL 17+; older servers cannot). It costs "
+        "nothing without a standby. See docs/failover.md.",
+    )
 
     @property
     def inbox_publication(self) -> str:
@@ -296,6 +301,13 @@ class ForwardSection(Section):
     )
     buffer_bytes: int = Field(
         64 * 1024 * 1024, alias="buffer-bytes", ge=1024, description="Most bytes of events waiting for the sink."
+    )
+    slot_guard: Literal["auto", "table", "none"] = Field(
+        "auto",
+        alias="slot-guard",
+        description="Where the bridge notes how far it may have confirmed the slot, to notice after a restart that the "
+        "slot was made anew or advanced by somebody else. table: figbridge.slot_guard. auto: that table, if the bridge "
+        "has tables anyway (reverse, or dead letters in a table). none: noticed only while a process runs.",
     )
 
 
@@ -411,6 +423,15 @@ class Config(Section):
         if self.forward is None and self.reverse is None:
             raise ValueError("neither forward nor reverse is there, so there is nothing to run; add one or both")
         return self
+
+    @property
+    def guards_slot(self) -> bool:
+        """Whether figbridge.slot_guard is used."""
+        if self.forward is None or self.forward.slot_guard == "none":
+            return False
+        letters = self.forward.dead_letters
+        own_tables = self.reverse is not None or (letters is not None and letters.type == "table")
+        return own_tables or self.forward.slot_guard == "table"
 
     @classmethod
     def load(cls, path: Path, environment: Mapping[str, str] | None = None) -> Self:

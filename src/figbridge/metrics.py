@@ -3,7 +3,13 @@
 README's metrics table is tested against this file.
 """
 
+import math
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# pg_replication_slots.wal_status
+SLOT_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
 
 
 class Metrics:
@@ -34,6 +40,22 @@ class Metrics:
         self.buffered_events = self._gauge("forward_buffered_events", "Events that wait for the sink.")
         self.buffered_bytes = self._gauge("forward_buffered_bytes", "Bytes of the events that wait for the sink.")
         self.flushed_lsn = self._gauge("forward_flushed_lsn", "The acknowledged LSN as an integer.")
+
+        self.slot_status = self._gauge(
+            "forward_slot_wal_status",
+            "1 for the wal_status of the slot: reserved, extended, unreserved, lost.",
+            "status",
+        )
+        self.slot_retained = self._gauge("forward_slot_retained_bytes", "WAL that the server keeps for the slot.")
+        self.slot_room = self._gauge(
+            "forward_slot_safe_bytes",
+            "WAL that may still be written before the slot can be lost; +Inf without max_slot_wal_keep_size.",
+        )
+        self.slot_seconds = self._gauge(
+            "forward_slot_seconds_to_loss", "The same in seconds, at the rate of WAL of the last minute."
+        )
+        for gauge in (self.slot_room, self.slot_seconds):
+            gauge.set(math.inf)  # until somebody has looked, no alert
 
         self.outcomes = self._counter(
             "reverse_events",

@@ -1,5 +1,6 @@
 -- All tables of figbridge, in one schema of their own. The legacy tables are never altered.
--- Forward capture needs none of this; the reverse path, its loop guard and table dead letters do.
+-- Forward capture needs none of this; the reverse path, its loop guard and table dead letters do. Where they are, the
+-- forward path keeps its tripwire here too.
 
 CREATE SCHEMA IF NOT EXISTS figbridge;
 
@@ -36,3 +37,16 @@ CREATE TABLE IF NOT EXISTS figbridge.dead_letter (
     created_at timestamptz NOT NULL DEFAULT now()
 );
 CREATE INDEX IF NOT EXISTS dead_letter_created_at ON figbridge.dead_letter (created_at);
+
+-- The tripwire on a replication slot: nothing beyond `bound` was ever confirmed by the bridge, so a slot that stands
+-- further was moved or made anew by somebody else. Never an offset: nothing is read from here on. To accept a slot as
+-- it stands, delete its row.
+CREATE TABLE IF NOT EXISTS figbridge.slot_guard (
+    slot              text        PRIMARY KEY,
+    system_identifier text        NOT NULL,
+    timeline          bigint      NOT NULL,
+    holder            text        NOT NULL,  -- the process that streams, by a name of its own
+    acknowledged      pg_lsn      NOT NULL,  -- at least so far, for the message to a human
+    bound             pg_lsn      NOT NULL,  -- at most so far
+    updated_at        timestamptz NOT NULL DEFAULT now()
+);

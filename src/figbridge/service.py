@@ -1,6 +1,6 @@
 """The composition root: Config → the loops to run. The only file that knows everyone, and nothing else happens here.
 
-forward:  capture ─▶ publish   (+ canary: answers the echoes that capture recognised)
+forward:  capture ─▶ publish   (+ canary: answers the echoes that capture recognised; + slot-watch: the slot's guard)
 reverse:  consume              (first the canary, then the queue)
 """
 
@@ -12,17 +12,18 @@ from typing import Final
 
 import structlog
 
-from figbridge import canary, legacy, preflight
+from figbridge import canary, legacy, preflight, provision
 from figbridge.change import Relation
 from figbridge.config import Config, Direction, ForwardSection, ReverseSection
 from figbridge.deadletter import TableDeadLetterStore, open_dead_letters
 from figbridge.errors import ConfigError, Problem
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.echo import EchoFilter
+from figbridge.forward.guard import GuardedSource, SlotGuard
 from figbridge.forward.pipeline import Buffer, Capture, Publish
 from figbridge.forward.publish import Publisher
 from figbridge.forward.shape import Naming, Shaper
-from figbridge.forward.source import ReplicationSource
+from figbridge.forward.watch import SlotWatch
 from figbridge.http import HttpServer
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
@@ -106,8 +107,9 @@ def _forward(
     stack: contextlib.ExitStack,
 ) -> list[Loop]:
     dsn, slot = config.legacy.dsn.get_secret_value(), config.legacy.slot
-    publications = (config.legacy.publication, *([config.legacy.inbox_publication] if config.reverse else []))
-    source = ReplicationSource(dsn, slot, publications)
+    published = {name: tables for name, (tables, _) in provision.publications(config).items()}
+    guard = SlotGuard(dsn, slot, table=config.guards_slot)
+    source = GuardedSource(dsn, slot, tuple(published), guard)
     stack.callback(source.close)
     sink = open_sink(section.sink)
     stack.callback(sink.close)
@@ -131,7 +133,11 @@ def _forward(
         halt=supervisor.halt,
     )
     publisher = Publisher(sink, dead_letters, metrics, supervisor.halt)
-    loops: list[Loop] = [capture, Publish(buffer, publisher, checkpoint, source, metrics)]
+    loops: list[Loop] = [
+        capture,
+        Publish(buffer, publisher, checkpoint, source, metrics),
+        SlotWatch(guard, source, published, metrics),
+    ]
     if config.reverse:
         loops.append(CanaryAnswers(echo.canaries, lambda nonce: canary.answer(dsn, nonce)))
     return loops

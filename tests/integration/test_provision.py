@@ -123,7 +123,7 @@ def test_init_makes_everything_and_finds_it_the_second_time(each_database: Datab
     config = configured(each_database)
     lines = provision.initialise(config)
     made = state(each_database)
-    assert lines[0] == "schema figbridge: made inbox, canary, dead_letter"
+    assert lines[0] == "schema figbridge: made inbox, canary, dead_letter, slot_guard"
     assert lines[1].startswith("publication figbridge: made for shop.orders, shop.audit, shop.indexed, shop.days, ")
     assert lines[2] == "publication figbridge_inbox: made for figbridge.inbox, figbridge.canary"
     assert re.fullmatch(rf"slot {each_database.slot}: made, changes leave from [0-9A-F]+/[0-9A-F]+ on", lines[3])

@@ -2,7 +2,8 @@
 
     inspect ─▶ server   version, settings, and a replication connection opened for real
             ─▶ tables   what is to be published, and whether the application can still UPDATE it then
-            ─▶ stream   publications and slot
+            ─▶ stream   publications, slot, and what guards it
+            ─▶ failover whether a standby would have the slot
             ─▶ reverse  our schema; each mapping held against the catalogue
             ─▶ ends     the sink and the queue, asked themselves                        (stage run only)
 
@@ -21,7 +22,7 @@ from typing import Any
 from figbridge import legacy, transports
 from figbridge.config import Config, Direction, split_table
 from figbridge.errors import BridgeError, Problem, QueueUnavailable, SetupError, SinkUnavailable
-from figbridge.preflight import reverse, server, stream, tables
+from figbridge.preflight import failover, reverse, server, stream, tables
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
 
 __all__ = ["Finding", "Level", "Stage", "inspect", "require"]
@@ -44,6 +45,8 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
             findings += server.probe_replication(connection, dsn, config.legacy.slot)
             findings += tables.probe(connection, names)
             findings += stream.probe(connection, config.legacy, names, config.reverse is not None, stage)
+            findings += failover.probe(connection, config.legacy)
+            findings += stream.probe_guard(config)
         findings += reverse.probe(connection, config, names, stage)
     return findings if stage == "init" else [*findings, *_ends(config, only)]
 

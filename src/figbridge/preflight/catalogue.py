@@ -211,7 +211,8 @@ def publication(connection: psycopg.Connection, name: str) -> Publication | None
 class Slot:
     """A row of pg_replication_slots; names are cluster-wide, so it may belong to another database.
 
-    `holder` says who reads it now, None when nobody does. `retained` is the WAL kept for it, in bytes.
+    `holder` says who reads it now, None when nobody does. `retained` is the WAL kept for it, `safe` what may still be
+    written before it can be lost (None: without limit), both in bytes. `failover` and `synced` are None before 17.
     """
 
     name: str
@@ -224,7 +225,11 @@ class Slot:
     wal_status: str | None
     invalidation: str | None
     restart: Lsn | None
+    confirmed: Lsn | None
     retained: int | None
+    safe: int | None
+    failover: bool | None
+    synced: bool | None
 
 
 def slot(connection: psycopg.Connection, name: str) -> Slot | None:
@@ -234,8 +239,10 @@ def slot(connection: psycopg.Connection, name: str) -> Slot | None:
         SELECT s.slot_type, s.plugin, s.database, s.database IS NOT DISTINCT FROM current_database(), s.temporary,
                CASE WHEN s.active_pid IS NOT NULL THEN concat_ws(
                    ', ', 'pid ' || s.active_pid, nullif(a.application_name, ''), a.usename, host(a.client_addr)) END,
-               s.wal_status, to_jsonb(s) ->> 'invalidation_reason', s.restart_lsn::text,
-               CASE WHEN NOT pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn) END::bigint
+               -- the reason came with 17; conflicting (16) is also true for a slot whose WAL was removed
+               s.wal_status, to_jsonb(s) ->> 'invalidation_reason', s.restart_lsn::text, s.confirmed_flush_lsn::text,
+               CASE WHEN NOT pg_is_in_recovery() THEN pg_wal_lsn_diff(pg_current_wal_lsn(), s.restart_lsn) END::bigint,
+               s.safe_wal_size, (to_jsonb(s) ->> 'failover')::bool, (to_jsonb(s) ->> 'synced')::bool
         FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid
         WHERE s.slot_name = %s
         """,
@@ -243,7 +250,8 @@ def slot(connection: psycopg.Connection, name: str) -> Slot | None:
     ).fetchone()
     if row is None:
         return None
-    kind, plugin, database, here, temporary, holder, wal_status, invalidation, restart, retained = row
+    kind, plugin, database, here, temporary, holder, wal_status, invalidation, restart, confirmed, *sizes = row
+    retained, safe, failover, synced = sizes
     return Slot(
         name=name,
         kind=kind,
@@ -255,5 +263,9 @@ def slot(connection: psycopg.Connection, name: str) -> Slot | None:
         wal_status=wal_status,
         invalidation=invalidation,
         restart=Lsn.parse(restart) if restart else None,
+        confirmed=Lsn.parse(confirmed) if confirmed else None,
         retained=retained,
+        safe=safe,
+        failover=failover,
+        synced=synced,
     )

@@ -46,6 +46,11 @@ OWN: Final[Mapping[str, OwnTable]] = {
         frozenset({"id"}),
         ("SELECT", "INSERT", "DELETE"),
     ),
+    "slot_guard": OwnTable(
+        frozenset({"slot", "system_identifier", "timeline", "holder", "acknowledged", "bound", "updated_at"}),
+        frozenset({"slot"}),
+        ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    ),
 }
 
 
@@ -67,10 +72,14 @@ class Column:
 
 def own_tables(config: Config) -> tuple[str, ...]:
     """Which of our tables the configuration needs; none for a forward path that stops at an event nobody takes."""
-    if config.reverse:
-        return tuple(OWN)
     letters = config.forward.dead_letters if config.forward else None
-    return ("dead_letter",) if letters and letters.type == "table" else ()
+    needed = {
+        "inbox": config.reverse is not None,
+        "canary": config.reverse is not None,
+        "dead_letter": config.reverse is not None or (letters is not None and letters.type == "table"),
+        "slot_guard": config.guards_slot,
+    }
+    return tuple(name for name in OWN if needed[name])
 
 
 def rights(mapping: MappingSection) -> dict[str, set[str]]:

@@ -41,7 +41,7 @@ def version(number: int) -> Finding:
     return ok("server", text)
 
 
-def _setting(connection: psycopg.Connection, name: str) -> str:
+def setting(connection: psycopg.Connection, name: str) -> str:
     """A setting in the server's own words; empty when this version does not know it."""
     row = connection.execute("SELECT current_setting(%s, true)", [name]).fetchone()
     return (row and row[0]) or ""
@@ -59,7 +59,7 @@ def _primary(connection: psycopg.Connection) -> Finding:
 
 
 def _wal_level(connection: psycopg.Connection) -> Finding:
-    level = _setting(connection, "wal_level")
+    level = setting(connection, "wal_level")
     if level != "logical":
         return error(
             "server",
@@ -71,7 +71,7 @@ def _wal_level(connection: psycopg.Connection) -> Finding:
 
 
 def _encoding(connection: psycopg.Connection) -> Finding:
-    encoding = _setting(connection, "server_encoding")
+    encoding = setting(connection, "server_encoding")
     if encoding == "SQL_ASCII":
         return error(
             "server",
@@ -159,7 +159,7 @@ def _replication_remedy(connection: psycopg.Connection) -> str:
 
 
 def _retention(connection: psycopg.Connection) -> Iterator[Finding]:
-    cap = _setting(connection, "max_slot_wal_keep_size")
+    cap = setting(connection, "max_slot_wal_keep_size")
     if cap == "-1":
         yield warning(
             "server",
@@ -169,7 +169,7 @@ def _retention(connection: psycopg.Connection) -> Iterator[Finding]:
         )
     else:
         yield ok("server", f"a slot keeps at most {cap} of WAL (max_slot_wal_keep_size); beyond that it is lost")
-    idle = _setting(connection, "idle_replication_slot_timeout")  # since 18
+    idle = setting(connection, "idle_replication_slot_timeout")  # since 18
     if idle not in {"", "0"}:
         yield warning(
             "server",
@@ -179,7 +179,7 @@ def _retention(connection: psycopg.Connection) -> Iterator[Finding]:
 
 
 def _sender_timeout(connection: psycopg.Connection) -> Finding:
-    timeout = _setting(connection, "wal_sender_timeout")
+    timeout = setting(connection, "wal_sender_timeout")
     if timeout == "0":
         return warning(
             "server",

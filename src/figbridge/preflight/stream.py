@@ -10,7 +10,7 @@ from typing import Final
 import psycopg
 
 from figbridge import canary
-from figbridge.config import LegacySection
+from figbridge.config import Config, LegacySection
 from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import Name, Publication, Slot, Table, quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
@@ -38,6 +38,22 @@ def probe(
     yield from _slot(section, slot, stage)
     if slot and slot.here:
         yield from _order(section, slot, publication, inbox, stage)
+
+
+def probe_guard(config: Config) -> Iterator[Finding]:
+    """What nobody would notice."""
+    unnoticed = "that the slot is dropped and made anew, or advanced by another tool, while no bridge runs"
+    if config.forward and config.guards_slot:
+        yield ok("forward.slot-guard", f"figbridge.slot_guard notices {unnoticed}")
+    elif config.forward and config.forward.slot_guard == "none":
+        yield ok("forward.slot-guard", f"none: nobody notices {unnoticed}")
+    elif config.forward:
+        yield warning(
+            "forward.slot-guard",
+            f"there is no table of ours, so nobody notices {unnoticed}",
+            "set forward.slot-guard to table (one row in a schema of ours) and run `figbridge init`; or to none, if "
+            "that is understood",
+        )
 
 
 def _publication(
@@ -144,7 +160,7 @@ def _slot(section: LegacySection, slot: Slot | None, stage: Stage) -> Iterator[F
             )
         )
         return
-    problems = [*_foreign(place, slot)] or [*_health(place, slot)]
+    problems = unreadable(slot)
     yield from problems
     if slot.holder and stage == "run":
         yield warning(
@@ -155,6 +171,12 @@ def _slot(section: LegacySection, slot: Slot | None, stage: Stage) -> Iterator[F
     if not problems:
         kept = f", {slot.retained:,} bytes of WAL are kept for it" if slot.retained is not None else ""
         yield ok(place, f"logical, pgoutput{kept}")
+
+
+def unreadable(slot: Slot) -> list[Finding]:
+    """Why the slot is not one to read from, or soon will not be; empty when it is."""
+    place = f"slot {slot.name}"
+    return [*_foreign(place, slot)] or [*_health(place, slot)]
 
 
 def _foreign(place: str, slot: Slot) -> Iterator[Finding]:

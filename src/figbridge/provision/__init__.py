@@ -21,6 +21,6 @@ the numbers are their ids; it is reported instead); tearing down what somebody e
 
 from figbridge.provision.make import initialise
 from figbridge.provision.remove import teardown
-from figbridge.provision.statements import script
+from figbridge.provision.statements import publications, script
 
-__all__ = ["initialise", "script", "teardown"]
+__all__ = ["initialise", "publications", "script", "teardown"]

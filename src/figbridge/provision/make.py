@@ -11,8 +11,8 @@ import structlog
 from figbridge import legacy, preflight
 from figbridge.config import Config, LegacySection, split_table
 from figbridge.errors import BridgeError, Problem, SetupError
-from figbridge.preflight import catalogue, reverse, stream
-from figbridge.preflight.catalogue import Name, Publication, spell
+from figbridge.preflight import catalogue, failover, reverse, stream
+from figbridge.preflight.catalogue import Name, Publication, Slot, spell
 from figbridge.provision import statements
 
 _log = structlog.get_logger()
@@ -45,7 +45,7 @@ def initialise(config: Config) -> list[str]:
             lines += _told(name, tables, before[name], made)
             if made and made.made_at and before[name] is None and slot_was_there:
                 lines.append(_too_young(config.legacy, name, made))
-    return [*lines, _make_slot(dsn, config.legacy.slot)] if config.forward else lines
+    return [*lines, *_make_slot(config)] if config.forward else lines
 
 
 def _make_schema(connection: psycopg.Connection, config: Config) -> list[str]:
@@ -106,23 +106,34 @@ def _too_young(section: LegacySection, name: str, made: Publication) -> str:
     )
 
 
-def _make_slot(dsn: str, slot: str) -> str:
+def _make_slot(config: Config) -> list[str]:
     """Make the slot, however long the server waits for the transactions that are open.
 
     https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
     """
+    section, dsn = config.legacy, config.legacy.dsn.get_secret_value()
     with legacy.translated(), legacy.connect(dsn, purpose="init") as connection:
-        if catalogue.slot(connection, slot):
-            return f"slot {slot}: there already"
+        if found := catalogue.slot(connection, section.slot):
+            return [f"slot {section.slot}: there already", *_no_failover(section, found)]
+        if config.guards_slot:
+            # first, and committed: a new slot that is judged by the old one's note would be taken for a stranger's
+            connection.execute(statements.forget_sql(section.slot))
+            connection.commit()
         connection.execute(statements.NO_TIMEOUTS)
+        create = statements.create_slot(section, connection.info.server_version)
         try:
-            with _telling_for_whom(dsn, connection.info.backend_pid, slot):
-                row = connection.execute(
-                    "SELECT lsn FROM pg_create_logical_replication_slot(%s, 'pgoutput')", [slot]
-                ).fetchone()
+            with _telling_for_whom(dsn, connection.info.backend_pid, section.slot):
+                row = connection.execute(f"SELECT lsn FROM {create}").fetchone()  # noqa: S608 (quoted)
         except psycopg.errors.DuplicateObject:  # a second `init` was faster
-            return f"slot {slot}: there already"
-    return f"slot {slot}: made, changes leave from {row[0] if row else '?'} on"
+            return [f"slot {section.slot}: there already"]
+    return [f"slot {section.slot}: made, changes leave from {row[0] if row else '?'} on"]
+
+
+def _no_failover(section: LegacySection, slot: Slot) -> list[str]:
+    """An old slot is never altered: its reader would have to be stopped, and that is for a human to time."""
+    if not section.failover or slot.failover is not False:
+        return []
+    return [f"warning: slot {slot.name} is not kept by a standby; {failover.alter(slot.name)}"]
 
 
 @contextlib.contextmanager

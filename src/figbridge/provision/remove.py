@@ -1,5 +1,7 @@
 """`figbridge teardown`: remove what `init` made, and nothing else."""
 
+from typing import Final
+
 import psycopg
 
 from figbridge import canary, legacy
@@ -8,6 +10,8 @@ from figbridge.errors import Problem, SetupError
 from figbridge.preflight import catalogue, reverse
 from figbridge.preflight.catalogue import quote, spell
 from figbridge.provision import statements
+
+_GUARD: Final = (legacy.SCHEMA, "slot_guard")
 
 
 def teardown(config: Config, *, keep_schema: bool) -> list[str]:
@@ -21,6 +25,8 @@ def teardown(config: Config, *, keep_schema: bool) -> list[str]:
     with legacy.translated(), legacy.connect(dsn, purpose="teardown", autocommit=True) as connection:
         _may_go(connection, section, keep_schema=keep_schema)
         lines = [_drop_slot(connection, section.slot)]
+        if catalogue.tables(connection, [_GUARD]):
+            connection.execute(statements.forget_sql(section.slot))
         with connection.transaction():
             connection.execute(statements.LOCK_TIMEOUT)
             lines += [_drop_publication(connection, name) for name in (section.publication, section.inbox_publication)]

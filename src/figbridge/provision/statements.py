@@ -11,7 +11,7 @@ from typing import Final
 from psycopg import conninfo, sql
 
 from figbridge import canary, legacy
-from figbridge.config import Config, split_table
+from figbridge.config import Config, LegacySection, split_table
 from figbridge.preflight import reverse, stream
 from figbridge.preflight.catalogue import Name, quote
 
@@ -67,10 +67,28 @@ BEGIN
     END IF;{additions}
 END
 """
+    return f"DO {_dollars(body)};"
+
+
+def _dollars(body: str) -> str:
     tag = "$figbridge$"
     while tag in body:  # a table may have any name
         tag = f"{tag[:-1]}_$"
-    return f"DO {tag}{body}{tag};"
+    return f"{tag}{body}{tag}"
+
+
+def create_slot(section: LegacySection, version: int) -> str:
+    """The call that makes the slot, on a server of `version` (server_version_num).
+
+    https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
+    """
+    failover = ", failover => true" if section.failover and version >= 170000 else ""
+    return f"pg_create_logical_replication_slot({_literal(section.slot)}, 'pgoutput'{failover})"
+
+
+def forget_sql(slot: str) -> str:
+    """The statement after which a slot that is made anew is taken as it is."""
+    return f"DELETE FROM figbridge.slot_guard WHERE slot = {_literal(slot)}"  # noqa: S608 (quoted)
 
 
 def _literal(text: str) -> str:
@@ -118,14 +136,32 @@ def _role(dsn: str) -> str:
 
 
 def _slot_sql(config: Config) -> str:
-    slot = _literal(config.legacy.slot)
+    section, slot = config.legacy, _literal(config.legacy.slot)
     # where an earlier statement failed and psql went on, there is no publication and there must be no slot
     names = [_literal(name) for name in publications(config)]
-    return f"""BEGIN;
+    missing = f"NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {slot})"
+    listed = ", ".join(names)
+    made = f"(SELECT count(*) FROM pg_publication WHERE pubname IN ({listed})) = {len(names)}"  # noqa: S608 (quoted)
+    forget = f"-- a note about an earlier slot of this name\n{forget_sql(section.slot)} AND {missing};\n\n"
+    new = create_slot(section, 170000)
+    call = f"SELECT {new}\nWHERE {missing}\n  AND {made};"
+    if section.failover:  # which function there is, only the server knows
+        old = create_slot(section, 0)
+        body = f"""
+BEGIN
+    IF current_setting('server_version_num')::int >= 170000 THEN
+        PERFORM {new}
+        WHERE {missing} AND {made};
+    ELSE
+        PERFORM {old}
+        WHERE {missing} AND {made};
+    END IF;
+END
+"""
+        call = f"DO {_dollars(body)};"
+    return f"""{forget if config.guards_slot else ""}BEGIN;
 {NO_TIMEOUTS};
-SELECT pg_create_logical_replication_slot({slot}, 'pgoutput')
-WHERE NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {slot})
-  AND (SELECT count(*) FROM pg_publication WHERE pubname IN ({", ".join(names)})) = {len(names)};
+{call}
 COMMIT;
 SELECT slot_name, plugin, database, confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = {slot};"""  # noqa: S608 (quoted)
 

@@ -1,0 +1,346 @@
+"""The tripwire on the slot: is it the one we left, and does it stand where we left it?
+
+    connect ─▶ look: there, ours, readable? ─▶ START_REPLICATION ─▶ take: where we left it? ─▶ stream
+    acknowledge F ─▶ permit: F ≤ bound ─▶ sent
+                        └─ F > bound ─▶ held, until a higher bound is committed ─▶ sent
+
+The slot is the only forward state, so a process that starts cannot know whether somebody dropped it and made it again
+meanwhile, or confirmed changes that nobody published. A row of figbridge.slot_guard remembers, where our schema exists.
+
+INVARIANT. `bound` is committed, and flushed, before anything beyond the previous one is acknowledged; so on one
+timeline the slot never stands beyond the row's `bound` by our doing, whatever is killed when. Nothing is acknowledged
+before `take` has put this process's name into the row, so a row that carries our name says that no other replica has
+confirmed anything since, and what this process knows by heart is exact. `take` runs while we hold the slot: nobody can
+move it then. `tests/unit/test_guard.py` walks through crashes, take-overs and failovers at random: never a false alarm.
+
+WHAT IT CANNOT NOTICE. After a soft stop the bound is exact. After a kill it lies ahead of what was acknowledged by two
+seconds of our own progress, at least 64 KiB, at most 64 MiB: a slot that was advanced by less, or made anew before
+that much WAL was written, passes. After a failover a new process can only say that the slot does not stand behind the
+promotion, because its row may be older than the slot. A slot behind our place is no alarm: a server that crashed may
+have forgotten the last confirmation, and changes come again under their ids. A server that was restored from a copy of
+its disks, with our row in it, is noticed only by a process that ran before and after.
+Without the table all of that holds for one process, and a process that starts takes the slot as it is.
+
+What it refuses to do: be an offset. Reading never starts from the row.
+"""
+
+import contextlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psycopg
+import structlog
+
+from figbridge import legacy
+from figbridge.change import Lsn
+from figbridge.errors import BridgeError, LegacyUnavailable, SlotInUse, SlotLost, SourceError
+from figbridge.forward.bound import UNBOUND, Bound
+from figbridge.forward.source import Identity, ReplicationSource
+from figbridge.preflight import catalogue, stream
+from figbridge.preflight.catalogue import Slot
+
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A row of figbridge.slot_guard."""
+
+    system_identifier: str
+    timeline: int
+    holder: str
+    acknowledged: Lsn
+    bound: Lsn
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Which server an ordinary connection has reached, and the end of its WAL that is flushed."""
+
+    system_identifier: str
+    timeline: int
+    end: Lsn
+
+    @classmethod
+    def of(cls, connection: psycopg.Connection) -> "Place":
+        """Ask it. Raises LegacyUnavailable on a standby, which has no timeline of its own."""
+        try:
+            row = connection.execute(
+                # the first eight digits of a WAL file's name are the timeline it was written on
+                "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8), "
+                "pg_current_wal_flush_lsn()::text FROM pg_control_system()"
+            ).fetchone()
+        except psycopg.errors.ObjectNotInPrerequisiteState as error:
+            raise LegacyUnavailable("the legacy database is a standby at this moment") from error
+        if row is None:
+            raise LegacyUnavailable("the server did not say who it is")
+        return cls(row[0], int(row[1], 16), Lsn.parse(row[2]))
+
+
+class SlotGuard:
+    """What is known of one slot, by heart and, with `table`, in figbridge.slot_guard."""
+
+    def __init__(self, dsn: str, slot: str, *, table: bool) -> None:
+        self._dsn = dsn
+        self.slot = slot
+        self._table = table
+        self._holder = secrets.token_hex(8)
+        self._moving = threading.Lock()
+        self.bound = Bound()
+        self.identity: Identity | None = None  # of the server that we stream from, or last did
+        self.streaming = False
+        self.taken = 0  # how often this process has begun to stream
+        self.others = False  # whether somebody else held the slot since we did
+        self.wanted = threading.Event()  # the bound should be raised now
+
+    def connect(self) -> psycopg.Connection:
+        """An ordinary connection for this guard. Raises LegacyUnavailable or BridgeError."""
+        return legacy.connect(self._dsn, purpose="slot-guard", autocommit=True)
+
+    def look(self, connection: psycopg.Connection) -> Slot:
+        """The slot, if it is there, ours, and has its WAL. Raises SlotLost with what to do."""
+        slot = catalogue.slot(connection, self.slot)
+        if slot is None:
+            raise SlotLost(
+                f"replication slot {self.slot!r} does not exist",
+                hint="if it never did: `figbridge init`. If it was dropped, or a failover led to a server that does "
+                "not have it, changes since then are in no event: `figbridge init` makes a new one, then copy the "
+                "tables anew; docs/failover.md says how a slot survives a failover",
+            )
+        for finding in stream.unreadable(slot):
+            if finding.level == "error":
+                raise SlotLost(f"{finding.where} {finding.what}", hint=finding.remedy)
+            _log.warning("the slot is in danger", slot=self.slot, what=finding.what, hint=finding.remedy)
+        return slot
+
+    def take(self, connection: psycopg.Connection, identity: Identity, start: Lsn) -> None:
+        """Compare, adopt, and write our name into the row. Call while this process holds the slot, before the stream.
+
+        `start` is the furthest that this process has read. Raises SlotLost or SourceError with what to do;
+        LegacyUnavailable when `connection` leads to another server than the stream, which passes.
+        """
+        place = Place.of(connection)
+        _require_same(place, identity)
+        confirmed = self.look(connection).confirmed or Lsn(0)
+        note = self._read(connection) if self._table else None
+        if self.identity:
+            self._compare_memory(self.identity, identity, place, start)
+        mine = note.holder == self._holder if self._table and note else not self.others
+        if self.identity and mine:
+            if confirmed > self.bound.acknowledged:
+                raise self._moved(confirmed, self.bound.acknowledged, self.bound.acknowledged)
+        elif note:
+            self._compare_note(note, identity, confirmed)
+        if self._table and note is None:
+            _log.info("the slot is watched from here on", slot=self.slot, confirmed=str(confirmed))
+        with self._moving:
+            self.bound.freeze(confirmed)
+            self.identity, self.others = identity, False
+            self._move(connection, self.bound.target(time.monotonic()), taking=True)
+            self.streaming = True
+            self.taken += 1
+
+    def permit(self, lsn: Lsn) -> Lsn:
+        """As `Bound.permit`; asks for a higher bound in good time. Never waits."""
+        permitted = self.bound.permit(lsn)
+        if self.bound.short:
+            self.wanted.set()
+        return permitted
+
+    def move(self, connection: psycopg.Connection, place: Place) -> None:
+        """Commit a bound that fits, then let acknowledgements up to it through.
+
+        Raises LegacyUnavailable, also when `connection`, which is at `place`, is not to the server of the stream;
+        BridgeError.
+        """
+        with self._moving:
+            self.wanted.clear()
+            _require_same(place, self.identity)
+            self._move(connection, self.bound.target(time.monotonic()))
+
+    def settle(self, connection: psycopg.Connection, place: Place) -> None:
+        """Commit what was acknowledged as the bound: nothing more will be. Raises as `move`."""
+        with self._moving:
+            _require_same(place, self.identity)
+            self._move(connection, self.bound.exact())
+
+    def _move(self, connection: psycopg.Connection, target: Lsn, *, taking: bool = False) -> None:
+        if not self._table:
+            self.bound.lift(UNBOUND)
+        elif self._write(connection, target, taking=taking):
+            self.bound.lift(target)
+        else:
+            _log.warning("another replica has taken the slot", slot=self.slot)
+
+    def _compare_memory(self, before: Identity, now: Identity, place: Place, start: Lsn) -> None:
+        """What only a process that was connected before can know."""
+        if before.system_identifier != now.system_identifier:
+            raise self._other_cluster(before.system_identifier, now.system_identifier)
+        if before.timeline == now.timeline:
+            if place.end < start:
+                raise SlotLost(
+                    f"the server's WAL ends at {place.end}, and this process has read up to {start}",
+                    hint="the server was restored from a copy of its disks: what was published since is not in it. "
+                    "Compare its consumers with it; then start the bridge again, it goes on from the slot",
+                )
+            return
+        end = _end_of(before.timeline, now)
+        if end is None:
+            raise self._other_history(before.timeline, now)
+        if start > end:
+            raise SourceError(
+                f"timeline {now.timeline} left ours at {end}, and this process has read up to {start}",
+                hint="changes that were committed between the two may have been published, and the new primary does "
+                "not have them: compare its consumers with it. Start the bridge again, it goes on from the slot. "
+                "synchronized_standby_slots prevents this (docs/failover.md)",
+            )
+        _log.warning("the server was promoted; the slot came along", timeline=now.timeline, promoted_at=str(end))
+
+    def _compare_note(self, note: Note, now: Identity, confirmed: Lsn) -> None:
+        if note.system_identifier != now.system_identifier:
+            raise self._other_cluster(note.system_identifier, now.system_identifier)
+        if note.timeline == now.timeline:
+            if confirmed > note.bound:
+                raise self._moved(confirmed, note.acknowledged, note.bound)
+            return
+        end = _end_of(note.timeline, now)
+        if end is None:
+            raise self._other_history(note.timeline, now)
+        if confirmed > end:  # on this timeline we have not acknowledged anything yet
+            raise self._moved(confirmed, note.acknowledged, end)
+
+    def _accept(self) -> str:
+        if not self._table:
+            return "then start the bridge again"
+        return f"then accept the slot as it stands: DELETE FROM figbridge.slot_guard WHERE slot = '{self.slot}';"  # noqa: S608 (for a human)
+
+    def _moved(self, confirmed: Lsn, least: Lsn, most: Lsn) -> SlotLost:
+        return SlotLost(
+            f"replication slot {self.slot!r} is confirmed up to {confirmed}, and figbridge confirmed nothing beyond "
+            f"{most}: somebody else moved it, or made it anew",
+            hint=f"changes between {least} and {confirmed} may be in no event (pg_recvlogical, "
+            "pg_replication_slot_advance, a slot that was dropped and created, another bridge without slot-guard). "
+            f"Copy or compare the tables; {self._accept()}",
+        )
+
+    def _other_cluster(self, before: str, now: str) -> SlotLost:
+        return SlotLost(
+            f"legacy.dsn leads to another cluster: system identifier {now}, it was {before}",
+            hint="mend legacy.dsn. If the database was moved there on purpose, changes between may be in no event: "
+            f"compare the tables (after pg_upgrade with a carried slot nothing is missing); {self._accept()}",
+        )
+
+    def _other_history(self, timeline: int, now: Identity) -> SlotLost:
+        return SlotLost(
+            f"legacy.dsn leads to a server on timeline {now.timeline} that never was on timeline {timeline}",
+            hint="it is an old primary, or a copy restored to an earlier time. Name the real primary in legacy.dsn; if "
+            f"this is the one now, compare the tables; {self._accept()}",
+        )
+
+    def _read(self, connection: psycopg.Connection) -> Note | None:
+        row = connection.execute(
+            "SELECT system_identifier, timeline, holder, acknowledged::text, bound::text "
+            "FROM figbridge.slot_guard WHERE slot = %s",
+            [self.slot],
+        ).fetchone()
+        if row is None:
+            return None
+        system, timeline, holder, acknowledged, bound = row
+        return Note(system, timeline, holder, Lsn.parse(acknowledged), Lsn.parse(bound))
+
+    def _write(self, connection: psycopg.Connection, bound: Lsn, *, taking: bool) -> bool:
+        """Commit the row; False when another replica's name is in it and we are not `taking` the slot from it.
+
+        A replica that lost its connection may find that out late. What it would write then is of no use and would raise
+        a false alarm.
+        """
+        if self.identity is None:
+            return False
+        with connection.transaction():
+            # flushed here, whatever the role's default is; a synchronous standby that is away must not hold us up
+            connection.execute("SET LOCAL synchronous_commit = 'local'")
+            connection.execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")
+            mine = "" if taking else "WHERE g.holder = excluded.holder"
+            written = connection.execute(
+                "INSERT INTO figbridge.slot_guard AS g "  # noqa: S608 (a constant of ours)
+                "(slot, system_identifier, timeline, holder, acknowledged, bound) VALUES (%s, %s, %s, %s, %s, %s) "
+                "ON CONFLICT (slot) DO UPDATE SET system_identifier = excluded.system_identifier, "
+                "timeline = excluded.timeline, holder = excluded.holder, acknowledged = excluded.acknowledged, "
+                f"bound = excluded.bound, updated_at = now() {mine}",
+                [
+                    self.slot, self.identity.system_identifier, self.identity.timeline, self._holder,
+                    str(self.bound.acknowledged), str(bound),
+                ],
+            )  # fmt: skip
+            return written.rowcount == 1
+
+
+class GuardedSource(ReplicationSource):
+    """A replication source whose place is compared when it connects, and which acknowledges within the bound."""
+
+    def __init__(self, dsn: str, slot: str, publications: tuple[str, ...], guard: SlotGuard) -> None:
+        super().__init__(dsn, slot, publications)
+        self._guard = guard
+        self._asked = (Lsn(0), Lsn(0))
+        self._sent = Lsn(0)
+
+    def connect(self, start: Lsn) -> None:
+        """As `ReplicationSource.connect`. Raises LegacyUnavailable too, and SlotLost for a slot that was moved."""
+        with self._guard.connect() as connection, legacy.translated():
+            self._guard.look(connection)
+            try:
+                super().connect(start)
+                self._guard.take(connection, self.identity, start)
+            except SlotInUse:
+                self._guard.others = True
+                raise
+            except BaseException:
+                self.disconnect()  # whoever waits for the slot must not wait for our next try
+                raise
+
+    def send_status(self, *, written: Lsn, flushed: Lsn) -> None:
+        """As `ReplicationSource.send_status`, within the bound. What it holds back, `wait` sends as soon as it may."""
+        self._asked = (written, flushed)
+        self._sent = self._guard.permit(flushed)
+        super().send_status(written=written, flushed=self._sent)
+
+    def wait(self, timeout: float, *, reading: bool) -> None:
+        """As `ReplicationSource.wait`."""
+        if self._asked[1] > self._sent and self._guard.permit(self._asked[1]) > self._sent:
+            self.send_status(written=self._asked[0], flushed=self._asked[1])
+        super().wait(timeout, reading=reading)
+
+    def finish(self, *, timeout: float = 5.0) -> None:
+        """As `ReplicationSource.finish`; what was held is sent first, and the bound is exact afterwards."""
+        if self._asked[1] > self._sent:
+            self._note(self._guard.move)
+            with contextlib.suppress(BridgeError):  # the end has come anyway; it is repeated, not lost
+                self.send_status(written=self._asked[0], flushed=self._asked[1])
+        super().finish(timeout=timeout)
+        self._note(self._guard.settle)
+
+    def disconnect(self) -> None:
+        """As `ReplicationSource.disconnect`."""
+        self._guard.streaming = False
+        super().disconnect()
+
+    def _note(self, write: Callable[[psycopg.Connection, Place], None]) -> None:
+        try:
+            with self._guard.connect() as connection, legacy.translated():
+                write(connection, Place.of(connection))
+        except BridgeError as error:
+            _log.warning("the slot's guard was not written", error=str(error), hint="a wider bound stays in force")
+
+
+def _require_same(place: Place, identity: Identity | None) -> None:
+    """A name that moves, or several hosts in the DSN, may lead one connection here and the other there."""
+    if identity is None or (place.system_identifier, place.timeline) != (identity.system_identifier, identity.timeline):
+        raise LegacyUnavailable("two connections led to two servers", hint="a failover is under way")
+
+
+def _end_of(timeline: int, history: Identity) -> Lsn | None:
+    """Where `timeline` ended in that history; None when it was never part of it."""
+    return next((end for number, end in history.ended if number == timeline), None)

@@ -1,0 +1,158 @@
+"""The loop `slot-watch`: raises the guard's bound in time, and looks at slot and publication every minute.
+
+It has an ordinary connection of its own and reads catalogues only, never a legacy table. What it finds wrong stops the
+bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere meanwhile, and a publication that misses
+a table of the file. From PostgreSQL 18 on the server leaves the changes of such a table out without a word, so nobody
+else would notice.
+
+It judges only the server that the stream comes from. A replica that waits for the slot exports the slot's gauges too.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import psycopg
+import structlog
+
+from figbridge import legacy
+from figbridge.errors import SlotLost, SourceError
+from figbridge.forward.guard import GuardedSource, Place, SlotGuard
+from figbridge.metrics import SLOT_STATUSES, Metrics
+from figbridge.preflight import catalogue
+from figbridge.preflight.catalogue import Name, Slot, spell
+from figbridge.retry import persist
+
+_log = structlog.get_logger()
+
+EVERY: Final = 60.0  # seconds between two looks
+_PACE: Final = 1.0  # seconds between two writes of the bound, at least
+
+
+class SlotWatch:
+    """One loop beside the capture loop. `published` is publication → the tables that must be in it."""
+
+    name = "slot-watch"
+
+    def __init__(
+        self,
+        guard: SlotGuard,
+        source: GuardedSource,
+        published: dict[str, Sequence[Name]],
+        metrics: Metrics,
+        *,
+        every: float = EVERY,
+    ) -> None:
+        self._guard = guard
+        self._source = source
+        self._published = published
+        self._metrics = metrics
+        self._every = every
+        self._connection: psycopg.Connection | None = None
+        self._place: Place | None = None
+        self._next_look = 0.0
+        self._looked_at = 0
+        self._seen: tuple[float, int] | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop`. Raises SlotLost or SourceError with what to do."""
+        try:
+            while not stop.is_set():
+                persist(self._round, what="watch the slot", stop=stop)
+                stop.wait(_PACE)
+                while not (stop.is_set() or self._guard.wanted.wait(0.2) or self._due()):
+                    pass
+        finally:
+            self._drop()
+
+    def _due(self) -> bool:
+        return time.monotonic() >= self._next_look or self._guard.taken != self._looked_at
+
+    def _round(self) -> None:
+        try:
+            with legacy.translated():
+                if self._due():
+                    self._drop()  # its server may have been left behind: look at what the DSN means now
+                    self._look(*self._connected())
+                if self._guard.wanted.is_set() and self._guard.streaming:
+                    self._guard.move(*self._connected())
+                    self._source.wake()  # what was held back may go now
+        except BaseException:
+            self._drop()
+            raise
+
+    def _connected(self) -> tuple[psycopg.Connection, Place]:
+        if self._connection is None or self._place is None:
+            self._connection = self._guard.connect()
+            self._place = Place.of(self._connection)
+        return self._connection, self._place
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._place = None
+
+    def _look(self, connection: psycopg.Connection, place: Place) -> None:
+        self._next_look, self._looked_at = time.monotonic() + self._every, self._guard.taken
+        self._measure(catalogue.slot(connection, self._guard.slot))
+        ours = self._guard.identity
+        if ours is None or not self._guard.streaming:
+            return
+        if place.system_identifier != ours.system_identifier:
+            raise SlotLost(
+                f"legacy.dsn leads to another cluster now: system identifier {place.system_identifier}, the stream is "
+                f"from {ours.system_identifier}",
+                hint="mend legacy.dsn, or the name it uses. If the application has moved there on purpose, its changes "
+                "since then are in no event: drain the old cluster, then `figbridge init` on the new one",
+            )
+        if place.timeline != ours.timeline:
+            _log.warning("another server was promoted", timeline=place.timeline, streaming_from=ours.timeline)
+            return
+        self._guard.look(connection)
+        for name, tables in self._published.items():
+            self._look_at(connection, name, tables)
+        if self._guard.bound.loose:
+            self._guard.move(connection, place)
+
+    def _look_at(self, connection: psycopg.Connection, name: str, tables: Sequence[Name]) -> None:
+        found = catalogue.publication(connection, name)
+        if found is None:
+            raise SourceError(
+                f"publication {spell(name)} is gone",
+                hint="changes since then are in no event. Drop the slot, it is older than what would be made now: "
+                f"SELECT pg_drop_replication_slot('{self._guard.slot}'); then `figbridge init`, and copy the tables",
+            )
+        if found.all_tables:
+            return
+        missing = [table for table in tables if table not in found.tables and table[0] not in found.schemas]
+        # a table that was dropped for good has no changes; one that was made anew under its name has
+        there = catalogue.tables(connection, missing)
+        for table in missing:
+            if table not in there:
+                _log.warning("a table of the file does not exist any more", table=spell(*table))
+        if there:
+            listed = ", ".join(spell(*table) for table in there)
+            raise SourceError(
+                f"publication {spell(name)} does not publish {listed} any more",
+                hint="it was taken out, or the table was dropped and made anew. Changes of it since then are in no "
+                "event: `figbridge init` adds it, then copy that table anew",
+            )
+
+    def _measure(self, slot: Slot | None) -> None:
+        """Set the gauges. How long the slot lasts is its room by the rate of WAL since the last look."""
+        metrics, now = self._metrics, time.monotonic()
+        status = slot.wal_status if slot else None
+        for each in SLOT_STATUSES:
+            metrics.slot_status.labels(each).set(each == status)
+        room = math.inf if slot is None or slot.safe is None else float(slot.safe)
+        metrics.slot_retained.set(slot.retained or 0 if slot else 0)
+        metrics.slot_room.set(room)
+        before, self._seen = self._seen, None
+        metrics.slot_seconds.set(math.inf)
+        if slot and slot.restart is not None and slot.retained is not None:
+            end = int(slot.restart) + slot.retained
+            self._seen = (now, end)
+            if before and end > before[1] and now > before[0]:
+                metrics.slot_seconds.set(max(0.0, room) * (now - before[0]) / (end - before[1]))
