@@ -18,6 +18,7 @@ import psycopg
 from bench.report import say
 from figbridge.change import Lsn
 from figbridge.demo.postgres import EmbeddedPostgres
+from fixtures.clock import until
 
 PUBLICATION = "bench"
 _SCHEMA = """
@@ -102,6 +103,10 @@ class Legacy:
 
     def begin(self, slots: Sequence[str]) -> None:
         """An empty table, and `slots` behind which nothing has happened yet."""
+        active = (
+            "SELECT 1 FROM pg_replication_slots WHERE active"  # its reader has gone, its walsender goes in a moment
+        )
+        until(lambda: self._connection.execute(active).fetchone() is None, 30, "the last reader's slot is free")
         self._connection.execute("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots")
         self._connection.execute("TRUNCATE orders")
         self._connection.execute("ALTER SEQUENCE order_ids RESTART")

@@ -1,11 +1,12 @@
-"""figbridge in a process of its own, measured from within: the forward path, wired to a file sink.
+"""figbridge in a process of its own, measured from within: the loops of `figbridge run`, with a sink that we hold.
 
-In this process and not as ``figbridge run``, for two reasons. The sink must be held back and its returns be timed,
-which a running bridge offers no handle for; and a running bridge acknowledges every 0.2 s, too coarse a clock for a
-backlog that lasts seconds. What `figbridge run` imports is imported here as well, so memory is that of a bridge.
+Within and not from outside, for two reasons: the sink must be held back and its returns be timed, which a running
+bridge offers no handle for; and a running bridge acknowledges every 0.2 s, too coarse a clock for a backlog that lasts
+seconds. So the loops come from the composition root itself, with every default, and only the sink is ours: a FileSink
+that looks at the clock when it returns. The configuration file, the preflight and the HTTP server are left out.
 
-The clock starts when the loops do: connecting and START_REPLICATION count, starting Python does not, as for
-pg_recvlogical. It stops when every event is on disk. Memory is read from /proc, so Linux only.
+The clock starts when the loops do: connecting and START_REPLICATION count, starting Python does not. It stops when the
+call returned that made the last row durable. Memory is read from /proc, so Linux only.
 
 `wire` is the only place that knows how the forward path is put together.
 """
@@ -21,30 +22,20 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
+from unittest import mock
 
 from bench.backlog import PUBLICATION
 from bench.proc import Finished, cpu_seconds, memory
-from figbridge import (
-    log,
-    service,  # noqa: F401 (all that a bridge loads: its memory counts)
-)
-from figbridge.change import Lsn
-from figbridge.config import ForwardSection
+from figbridge import log, service
+from figbridge.config import Config
 from figbridge.event import Event, Rejection
-from figbridge.forward.checkpoint import Checkpoint
-from figbridge.forward.echo import EchoFilter
-from figbridge.forward.pipeline import Buffer, Capture, Publish
-from figbridge.forward.publish import Publisher
-from figbridge.forward.shape import Naming, Shaper
-from figbridge.forward.source import ReplicationSource
 from figbridge.metrics import Metrics
 from figbridge.supervise import Loop, Supervisor
 from figbridge.transports.file import FileSink
 
-BUFFER_BYTES: int = ForwardSection.model_fields["buffer_bytes"].default
-_INSERTED = "orders.inserted"  # the detail type of a row; heartbeats and schema events are no rows
-_IS_ROW = b'"detail-type":"orders.inserted"'
-_TICK = 0.01  # seconds between two looks at how far we are
+_ROW = "orders.inserted"  # the detail type of a row: a heartbeat or a schema event is none
+_LINE = b'"detail-type":"orders.inserted"'
+_LOOK = 0.05  # seconds between two looks at whether the loops live and the buffer is full
 _SAMPLE = 0.1  # seconds between two looks at its memory
 
 
@@ -53,7 +44,7 @@ class Load:
     """What one run does beside reading.
 
     admit    at most so many events a second get into the file (None: as many as it takes)
-    seconds  end this long after the first event, wherever it is then (None: when all is durable)
+    seconds  end this long after the first rows, wherever it is then (None: when all rows are durable)
     timed    note commit-to-durable of every row
     """
 
@@ -66,10 +57,10 @@ class Load:
 class Run:
     """What one run measured.
 
-    `seconds` and `cpu` (seconds, user and system) are from the start of the loops to the last durable event; of a run
-    with `Load.seconds` from the first durable event on. `rows` were durable by then; `peak` is in bytes; `first` and
-    `last` are the monotonic clock, which all processes share, at the first durable event and at the end. `filled`
-    says whether the buffer was ever full. `latencies`, in seconds, are those of every row of a timed run.
+    `seconds` and `cpu` (seconds, user and system) are from the start of the loops to the last durable row; of a run
+    with `Load.seconds` from the first durable rows on, which are then not among `rows`. `peak` is in bytes; `first`
+    and `last` are the monotonic clock, which all processes share, at the first and at the last durable rows.
+    `filled` says whether the buffer was ever seen full. `latencies`, in seconds, are those of every row of a timed run.
     """
 
     seconds: float
@@ -86,28 +77,48 @@ class Run:
         return Finished(self.seconds, self.cpu, self.peak, "")
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Rows that were durable at a moment; the monotonic clock and the CPU time of the process, seconds."""
+
+    rows: int
+    clock: float
+    cpu: float
+
+
 class MeasuredSink(FileSink):
-    """A file sink that can be slower than its disk, and knows when its calls returned. Nothing is done per event."""
+    """A file sink that can be slower than its disk and knows when its calls returned."""
 
     def __init__(self, path: Path, load: Load) -> None:
         super().__init__(path)
-        self.load = load
-        self.first: float | None = None
-        self.events = 0
-        self.open = threading.Event()
+        self._load = load
         self._due = 0.0
         self._returns: list[tuple[float, Sequence[Event]]] = []
+        self._target: int | None = None
+        self.first: Mark | None = None
+        self.last = Mark(0, 0.0, 0.0)
+        self.reached = threading.Event()
+        self.free = threading.Event()  # set: nothing is held back any more
+
+    def aim(self, rows: int) -> None:
+        """Set `reached` when so many rows are durable. Of the process's main thread."""
+        self._target = rows
+        if self.last.rows >= rows:
+            self.reached.set()
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
-        if self.load.admit:  # against a schedule: the time that the disk takes is no extra wait
-            self._due = max(self._due, time.monotonic()) + len(events) / self.load.admit
-            self.open.wait(self._due - time.monotonic())
+        if self._load.admit:  # against a schedule: the time that the disk takes is no extra wait
+            self._due = (self._due or time.monotonic()) + len(events) / self._load.admit
+            self.free.wait(self._due - time.monotonic())
         rejections = super().publish(events)
-        if self.load.timed:
+        if self._load.timed:
             self._returns.append((time.time(), events))
-        if self.first is None:
-            self.first = time.monotonic()
-        self.events += len(events)
+        rows = self.last.rows + [event.detail_type for event in events].count(_ROW)
+        self.last = Mark(rows, time.monotonic(), cpu_seconds())
+        if rows and self.first is None:
+            self.first = self.last
+        if self._target is not None and rows >= self._target:
+            self.reached.set()
         return rejections
 
     def latencies(self) -> list[float]:
@@ -116,112 +127,81 @@ class MeasuredSink(FileSink):
             returned - event.time.timestamp()
             for returned, events in self._returns
             for event in events
-            if event.detail_type == _INSERTED
+            if event.detail_type == _ROW
         ]
 
 
-@dataclass(slots=True)
-class Forward:
-    """The parts of a forward path that the benchmark looks at."""
-
-    loops: list[Loop]
-    checkpoint: Checkpoint
-    buffer: Buffer
-    source: ReplicationSource
-
-
-def wire(dsn: str, slot: str, sink: FileSink, halt: threading.Event) -> Forward:
-    """As `figbridge.service` does it, with the default envelope and buffer."""
-    metrics, checkpoint = Metrics(), Checkpoint()
-    source, buffer = ReplicationSource(dsn, slot, (PUBLICATION,)), Buffer(BUFFER_BYTES, metrics)
-    naming = Naming("bench", "legacy.{database}", "{table}.{operation}")
-    capture = Capture(
-        source, slot=slot, echo=EchoFilter(), shaper=Shaper(naming, "safe", lambda _: ()), buffer=buffer,
-        checkpoint=checkpoint, metrics=metrics, halt=halt,
-    )  # fmt: skip
-    publish = Publish(buffer, Publisher(sink, None, metrics, halt), checkpoint, source, metrics)
-    return Forward([capture, publish], checkpoint, buffer, source)
+def wire(
+    dsn: str, slot: str, sink: FileSink, *, metrics: Metrics, supervisor: Supervisor, stack: contextlib.ExitStack
+) -> tuple[list[Loop], int]:
+    """The loops of a bridge's forward path, and how many bytes its buffer holds."""
+    document = {
+        "legacy": {"dsn": dsn, "slot": slot, "publication": PUBLICATION, "tables": ["public.orders"]},
+        "forward": {"sink": {"type": "file", "path": "ours"}},
+    }
+    config = Config.model_validate(document)
+    assert config.forward
+    with mock.patch.object(service, "open_sink", return_value=sink):
+        loops = service._forward(
+            config, config.forward, database="bench", metrics=metrics, supervisor=supervisor, stack=stack
+        )
+    return loops, config.forward.buffer_bytes
 
 
 def measure(dsn: str, slot: str, load: Load, channel: Connection) -> None:
-    """The process: read `slot` until the LSN that comes through `channel` is durable, and answer with a `Run`."""
+    """The process: read `slot` until as many rows are durable as `channel` says, and answer with a `Run`."""
     log.configure(level="WARNING")
-    supervisor, failures = Supervisor(grace=60), list[BaseException]()
+    supervisor, metrics, failures = Supervisor(grace=60), Metrics(), list[BaseException]()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="figbridge-bench-"))
         path = Path(directory) / "events"
         sink = MeasuredSink(path, load)
-        stack.callback(sink.close)
-        forward = wire(dsn, slot, sink, supervisor.halt)
-        stack.callback(forward.source.close)
+        loops, room = wire(dsn, slot, sink, metrics=metrics, supervisor=supervisor, stack=stack)
 
-        def loops() -> None:
+        def run() -> None:
             try:
-                supervisor.run(forward.loops)
+                supervisor.run(loops)
             except BaseException as error:  # noqa: BLE001 (the main thread raises it)
                 failures.append(error)
 
-        thread = threading.Thread(target=loops)
-        clock = _Clock(sink)
+        def full() -> bool:
+            return (metrics.registry.get_sample_value("figbridge_forward_buffered_bytes") or 0) >= room
+
+        thread = threading.Thread(target=run)
+        start = Mark(0, time.monotonic(), cpu_seconds())
         thread.start()
+        filled = False
         try:
-            filled = _until_done(thread, forward, clock, channel)
-            seconds, cpu = clock.stop()
-            last = time.monotonic()
-            peak, events = memory(os.getpid()).peak, sink.events
+            while thread.is_alive() and not sink.reached.wait(_LOOK) and not _over(sink, load):
+                filled = filled or full()
+                if channel.poll():
+                    sink.aim(channel.recv())
+            last, peak = sink.last, memory(os.getpid()).peak
         finally:  # nothing of what comes now counts
             supervisor.halt.set()
             supervisor.stop.set()
-            sink.open.set()
+            sink.free.set()
             thread.join(60)
         if failures:
             raise failures[0]
-        rows = events if load.seconds else _rows(path)
-        channel.send(Run(seconds, cpu, rows, peak, clock.first, last, filled, sink.latencies()))
+        first = sink.first or last
+        if load.seconds is None:
+            rows = _rows(path)
+        else:
+            start, rows = first, last.rows - first.rows
+        latencies = sink.latencies()
+        seconds, cpu = last.clock - start.clock, last.cpu - start.cpu
+        channel.send(Run(seconds, cpu, rows, peak, first.clock, last.clock, filled, latencies))
 
 
-class _Clock:
-    """Wall clock and CPU time since the loops started, or since the first durable event if the run is cut short."""
-
-    def __init__(self, sink: MeasuredSink) -> None:
-        self._sink = sink
-        self._began, self._cpu = time.monotonic(), cpu_seconds()
-        self.first = 0.0
-
-    def look(self) -> bool:
-        """Whether the time is over."""
-        if not self.first and self._sink.first is not None:
-            self.first = self._sink.first
-            if self._sink.load.seconds:
-                self._began, self._cpu = time.monotonic(), cpu_seconds()
-        limit = self._sink.load.seconds
-        return bool(limit and self.first and time.monotonic() - self.first > limit)
-
-    def stop(self) -> tuple[float, float]:
-        """(seconds, CPU seconds)"""
-        self.look()
-        return time.monotonic() - self._began, cpu_seconds() - self._cpu
-
-
-def _until_done(thread: threading.Thread, forward: Forward, clock: _Clock, channel: Connection) -> bool:
-    """Return when the target is durable or the time is over; whether the buffer was ever full."""
-    tick, filled, target = threading.Event(), False, None
-    while target is None or forward.checkpoint.flushed < target:
-        if not thread.is_alive():
-            break  # it failed; the caller raises what of
-        if target is None and channel.poll():
-            target = channel.recv()
-        filled = filled or forward.buffer.full
-        if clock.look():
-            break
-        tick.wait(_TICK)
-    return filled
+def _over(sink: MeasuredSink, load: Load) -> bool:
+    return bool(load.seconds and sink.first and time.monotonic() - sink.first.clock > load.seconds)
 
 
 def _rows(path: Path) -> int:
     """The rows that are in the file: what was not written was not fast."""
     with path.open("rb") as file:
-        return sum(_IS_ROW in line for line in file)
+        return sum(_LINE in line for line in file)
 
 
 class Bridge:
@@ -229,28 +209,29 @@ class Bridge:
 
     def __init__(self, dsn: str, slot: str, load: Load) -> None:
         spawn = multiprocessing.get_context("spawn")  # a fresh Python, whose memory is its own
-        self._channel, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=measure, args=(dsn, slot, load, theirs), name=f"bench-{slot}")
-        self._theirs = theirs
+        self._channel, self._theirs = spawn.Pipe()
+        self._process = spawn.Process(target=measure, args=(dsn, slot, load, self._theirs), name=f"bench-{slot}")
 
     def __enter__(self) -> Self:
         self._process.start()
         self._theirs.close()  # or the end of the process would not be the end of the pipe
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         self._channel.close()
+        if failed:
+            self._process.terminate()
         self._process.join(90)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
-    def read_until(self, end: Lsn) -> tuple[Run, list[int]]:
-        """The run, and its resident memory ten times a second from the first durable event on, in bytes.
+    def read(self, rows: int) -> tuple[Run, list[int]]:
+        """The run, and its resident memory ten times a second between its first and last rows, in bytes.
 
-        Raises RuntimeError when the process failed; it has printed why.
+        Raises RuntimeError when the process failed, which has printed why, or when other rows than these arrived.
         """
-        self._channel.send(end)
+        self._channel.send(rows)
         samples: list[tuple[float, int]] = []
         pid = self._process.pid
         assert pid
@@ -260,5 +241,5 @@ class Bridge:
                     samples.append((time.monotonic(), memory(pid).resident))
             run: Run = self._channel.recv()
         except EOFError:
-            raise RuntimeError(f"{self._process.name} failed") from None
+            raise RuntimeError(f"the process {self._process.name} failed") from None
         return run, [size for when, size in samples if run.first <= when <= run.last]

@@ -18,6 +18,8 @@ from typing import Self
 from bench.proc import Finished
 
 _MB = 1_000_000
+# What flat memory may seem to grow by. The buffer still fills in the first third, and freed memory comes back in pieces.
+_FLAT = 1.2
 
 
 def say(what: str) -> None:
@@ -67,7 +69,8 @@ class Line:
             rate=rows / seconds,
             ratio=best / seconds if best else None,
             cpu=None if paced else 1e6 * statistics.median(run.cpu for run in runs) / rows,
-            peak=max(run.peak for run in runs) / _MB,
+            peak=max([*(run.peak for run in runs), *resident])
+            / _MB,  # the kernel's own peak is exact to some pages only
             seconds=[run.seconds for run in runs],
             thirds=[max(part) / _MB for part in parts],
         )
@@ -126,7 +129,7 @@ class Report:
                 found.append(Promise(f"peak RSS MB, {where}", line.peak, 150))
                 if line.thirds:
                     grown = line.thirds[-1] / line.thirds[0]
-                    found.append(Promise(f"memory in the last third / in the first, {where}", grown, 1.1))
+                    found.append(Promise(f"memory in the last third / in the first, {where}", grown, _FLAT))
         if self.latency:
             found.append(Promise("commit to durable, p50 ms", self.latency.p50, 10))
             found.append(Promise("commit to durable, p99 ms", self.latency.p99, 50))
