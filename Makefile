@@ -14,7 +14,7 @@ SERVERS := 14/14.23.0-beta.17 17/17.10.0-beta.17
 export FIGBRIDGE_POSTGRES_DIR ?= $(CURDIR)/.postgres
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean postgres-matrix
+.PHONY: help demo test check format bench clean docs postgres-matrix
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ format: $(VENV)/.dev  ## let ruff format and mend what it can
 
 bench: $(VENV)/.dev  ## speed as ratios against peers, in one run (BENCH_ARGS="--rows 500000 --runs 5")
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
+
+docs: $(VENV)/.dev  ## docs/types.md anew, from the tests' table of types
+	PYTHONPATH=tests $(BIN)/python -m fixtures.type_page > docs/types.md
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .postgres

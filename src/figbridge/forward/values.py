@@ -36,6 +36,7 @@ Encoder = Callable[[bytes], bytes]
 _dumps: Final = orjson.dumps
 _BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _LAST_DIGIT: Final = ord("9")
+_PG_SNAPSHOTS: Final = 5039  # pg_snapshot[], which psycopg's list of built-in types leaves out
 
 
 def text(value: bytes) -> bytes:
@@ -210,7 +211,7 @@ def _built_in(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
         "timestamp": timestamp,
         "timestamptz": timestamptz,
     }
-    found: dict[int, Encoder] = {}
+    found: dict[int, Encoder] = {_PG_SNAPSHOTS: array(text)}
     for info in _registry:
         found[info.oid] = encoder = scalars.get(info.name, text)
         if info.array_oid:
