@@ -18,7 +18,7 @@ from typing import Self
 from bench.proc import Finished
 
 _MB = 1_000_000
-# What flat memory may seem to grow by. The buffer still fills in the first third, and freed memory comes back in pieces.
+# What flat memory may seem to grow by: in the first third the buffer still fills, and freed memory is reused in pieces.
 _FLAT = 1.2
 
 
