@@ -41,6 +41,24 @@ class Metrics:
         self.buffered_bytes = self._gauge("forward_buffered_bytes", "Bytes of the events that wait for the sink.")
         self.flushed_lsn = self._gauge("forward_flushed_lsn", "The acknowledged LSN as an integer.")
 
+        self.outbox_ignored = self._counter(
+            "forward_outbox_ignored", "Changes of the outbox table that are no inserts, so no events.", "operation"
+        )
+        self.heartbeat_age = self._gauge(
+            "forward_heartbeat_age_seconds",
+            "Age of the newest heartbeat that was seen in the stream, and acknowledged; NaN while another replica has "
+            "the slot.",
+            "stage",
+        )
+        self.heartbeat_seconds = Histogram(
+            "forward_heartbeat_seconds",
+            "Seconds from writing a heartbeat until it was seen, and acknowledged: all before it is durable then.",
+            ("stage",),
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300),
+            namespace="figbridge",
+            registry=self.registry,
+        )
+
         self.slot_status = self._gauge(
             "forward_slot_wal_status",
             "1 for the wal_status of the slot: reserved, extended, unreserved, lost.",

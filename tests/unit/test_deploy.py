@@ -88,6 +88,7 @@ def test_the_example_shows_each_setting_at_its_default() -> None:
 
     assert _different(config) == {
         "forward.sink.region": "eu-west-1",  # there is no region that fits everyone
+        "forward.outbox.message_prefix": "outbox",  # nor an outbox
         "reverse.source.region": "eu-west-1",
     }
 

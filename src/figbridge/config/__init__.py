@@ -19,7 +19,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from figbridge import configfile
 from figbridge.config.fields import Dsn, Section, SlotName, Tables, host_and_port, split_table
-from figbridge.config.forward import DeadLettersSection, FileDeadLetters, ForwardSection, TableDeadLetters
+from figbridge.config.forward import (
+    DeadLettersSection,
+    FileDeadLetters,
+    ForwardSection,
+    OutboxSection,
+    TableDeadLetters,
+)
 from figbridge.config.reverse import MappingSection, MatchSection, ReverseSection
 from figbridge.config.transports import (
     AwsSection,
@@ -49,6 +55,7 @@ __all__ = [
     "LocalSourceSection",
     "MappingSection",
     "MatchSection",
+    "OutboxSection",
     "ReverseSection",
     "SinkSection",
     "SourceSection",
@@ -115,6 +122,13 @@ class Config(Section):
     def _some_direction(self) -> Self:
         if self.forward is None and self.reverse is None:
             raise ValueError("neither forward nor reverse is there, so there is nothing to run; add one or both")
+        return self
+
+    @model_validator(mode="after")
+    def _outbox_is_published(self) -> Self:
+        table = self.forward.outbox.table if self.forward and self.forward.outbox else None
+        if table and split_table(table) not in {split_table(it) for it in self.legacy.tables}:
+            raise ValueError(f"forward.outbox.table, {table}, is none of legacy.tables; add it there, to be published")
         return self
 
     @property

@@ -128,6 +128,20 @@ def url_of_queue(text: str) -> str:
     return text
 
 
+def _prefix(text: str) -> str:
+    if text.startswith("figbridge."):
+        raise ValueError("begins with figbridge., which is the bridge's own; choose another")
+    if "*" in text:
+        raise ValueError("holds a *; here only one prefix may stand, letter by letter")
+    return text
+
+
+def _prefix_or_beginning(text: str) -> str:
+    if text != "*":  # every prefix but the bridge's own
+        _prefix(text.removesuffix("*"))
+    return text
+
+
 def host_and_port(text: str) -> str:
     """host:port; an IPv6 address in brackets."""
     host, colon, port = text.rpartition(":")
@@ -167,4 +181,7 @@ Dsn = Annotated[SecretStr, AfterValidator(_conninfo)]
 TextOrUnset = Annotated[str | None, BeforeValidator(_unset_if_empty)]
 FilePath = Annotated[Path, BeforeValidator(_some_path)]
 Column = Annotated[str, Field(min_length=1)]
+# Of logical messages: pg_logical_emit_message(transactional, prefix, content)
+MessagePrefix = Annotated[str, Field(min_length=1), AfterValidator(_prefix)]
+MessagePrefixes = Annotated[str, Field(min_length=1), AfterValidator(_prefix_or_beginning)]
 SlotName = Annotated[str, AfterValidator(_slot), WithJsonSchema({"type": "string", "pattern": "^[a-z0-9_]{1,63}$"})]
