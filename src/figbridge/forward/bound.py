@@ -25,6 +25,7 @@ class Bound:
         self._lock = threading.Lock()
         self._limit = Lsn(0)
         self._acknowledged = Lsn(0)
+        self._passed = Lsn(0)
         self._asked = Lsn(0)
         self._headroom = LEAST
         self._noted = (0.0, Lsn(0))
@@ -50,12 +51,13 @@ class Bound:
         return self._limit - self._acknowledged > 4 * LEAST
 
     def permit(self, lsn: Lsn) -> Lsn:
-        """What may be acknowledged when all up to `lsn` is durable. Never goes back."""
+        """What may be acknowledged when all up to `lsn` is durable: `lsn`, or what was let through before."""
         with self._lock:
             self._asked = max(self._asked, lsn)
             if lsn <= self._limit:
+                self._passed = lsn
                 self._acknowledged = max(self._acknowledged, lsn)
-            return self._acknowledged
+            return self._passed
 
     def freeze(self, at: Lsn) -> None:
         """The slot stands at `at`: let nothing more through until `lift`."""

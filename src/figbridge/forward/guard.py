@@ -25,59 +25,23 @@ What it refuses to do: be an offset. Reading never starts from the row.
 """
 
 import contextlib
-import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import psycopg
 import structlog
 
 from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import BridgeError, LegacyUnavailable, SlotInUse, SlotLost, SourceError
+from figbridge.errors import BridgeError, LegacyUnavailable, SlotInUse, SlotLost
 from figbridge.forward.bound import UNBOUND, Bound
+from figbridge.forward.incarnation import Incarnation, Note, Place
 from figbridge.forward.source import Identity, ReplicationSource
 from figbridge.preflight import catalogue, stream
 from figbridge.preflight.catalogue import Slot
 
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """A row of figbridge.slot_guard."""
-
-    system_identifier: str
-    timeline: int
-    holder: str
-    acknowledged: Lsn
-    bound: Lsn
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Which server an ordinary connection has reached, and the end of its WAL that is flushed."""
-
-    system_identifier: str
-    timeline: int
-    end: Lsn
-
-    @classmethod
-    def of(cls, connection: psycopg.Connection) -> "Place":
-        """Ask it. Raises LegacyUnavailable on a standby, which has no timeline of its own."""
-        try:
-            row = connection.execute(
-                # the first eight digits of a WAL file's name are the timeline it was written on
-                "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8), "
-                "pg_current_wal_flush_lsn()::text FROM pg_control_system()"
-            ).fetchone()
-        except psycopg.errors.ObjectNotInPrerequisiteState as error:
-            raise LegacyUnavailable("the legacy database is a standby at this moment") from error
-        if row is None:
-            raise LegacyUnavailable("the server did not say who it is")
-        return cls(row[0], int(row[1], 16), Lsn.parse(row[2]))
 
 
 class SlotGuard:
@@ -87,14 +51,21 @@ class SlotGuard:
         self._dsn = dsn
         self.slot = slot
         self._table = table
-        self._holder = secrets.token_hex(8)
+        self._incarnation = Incarnation(slot, table=table)
         self._moving = threading.Lock()
         self.bound = Bound()
-        self.identity: Identity | None = None  # of the server that we stream from, or last did
         self.streaming = False
         self.taken = 0  # how often this process has begun to stream
-        self.others = False  # whether somebody else held the slot since we did
         self.wanted = threading.Event()  # the bound should be raised now
+
+    @property
+    def identity(self) -> Identity | None:
+        """The server that this process streams from, or last did."""
+        return self._incarnation.identity
+
+    def outdone(self) -> None:
+        """Somebody else was seen to hold the slot."""
+        self._incarnation.others = True
 
     def connect(self) -> psycopg.Connection:
         """An ordinary connection for this guard. Raises LegacyUnavailable or BridgeError."""
@@ -122,23 +93,23 @@ class SlotGuard:
         `start` is the furthest that this process has read. Raises SlotLost or SourceError with what to do;
         LegacyUnavailable when `connection` leads to another server than the stream, which passes.
         """
-        place = Place.of(connection)
-        _require_same(place, identity)
+        place = place_of(connection)
+        place.require(identity)
         confirmed = self.look(connection).confirmed or Lsn(0)
         note = self._read(connection) if self._table else None
-        if self.identity:
-            self._compare_memory(self.identity, identity, place, start)
-        mine = note.holder == self._holder if self._table and note else not self.others
-        if self.identity and mine:
-            if confirmed > self.bound.acknowledged:
-                raise self._moved(confirmed, self.bound.acknowledged, self.bound.acknowledged)
-        elif note:
-            self._compare_note(note, identity, confirmed)
+        self._incarnation.judge(
+            identity,
+            end=place.end,
+            confirmed=confirmed,
+            note=note,
+            start=start,
+            acknowledged=self.bound.acknowledged,
+        )
         if self._table and note is None:
             _log.info("the slot is watched from here on", slot=self.slot, confirmed=str(confirmed))
         with self._moving:
             self.bound.freeze(confirmed)
-            self.identity, self.others = identity, False
+            self._incarnation.identity, self._incarnation.others = identity, False
             self._move(connection, self.bound.target(time.monotonic()), taking=True)
             self.streaming = True
             self.taken += 1
@@ -158,13 +129,13 @@ class SlotGuard:
         """
         with self._moving:
             self.wanted.clear()
-            _require_same(place, self.identity)
+            place.require(self.identity)
             self._move(connection, self.bound.target(time.monotonic()))
 
     def settle(self, connection: psycopg.Connection, place: Place) -> None:
         """Commit what was acknowledged as the bound: nothing more will be. Raises as `move`."""
         with self._moving:
-            _require_same(place, self.identity)
+            place.require(self.identity)
             self._move(connection, self.bound.exact())
 
     def _move(self, connection: psycopg.Connection, target: Lsn, *, taking: bool = False) -> None:
@@ -174,71 +145,6 @@ class SlotGuard:
             self.bound.lift(target)
         else:
             _log.warning("another replica has taken the slot", slot=self.slot)
-
-    def _compare_memory(self, before: Identity, now: Identity, place: Place, start: Lsn) -> None:
-        """What only a process that was connected before can know."""
-        if before.system_identifier != now.system_identifier:
-            raise self._other_cluster(before.system_identifier, now.system_identifier)
-        if before.timeline == now.timeline:
-            if place.end < start:
-                raise SlotLost(
-                    f"the server's WAL ends at {place.end}, and this process has read up to {start}",
-                    hint="the server was restored from a copy of its disks: what was published since is not in it. "
-                    "Compare its consumers with it; then start the bridge again, it goes on from the slot",
-                )
-            return
-        end = _end_of(before.timeline, now)
-        if end is None:
-            raise self._other_history(before.timeline, now)
-        if start > end:
-            raise SourceError(
-                f"timeline {now.timeline} left ours at {end}, and this process has read up to {start}",
-                hint="changes that were committed between the two may have been published, and the new primary does "
-                "not have them: compare its consumers with it. Start the bridge again, it goes on from the slot. "
-                "synchronized_standby_slots prevents this (docs/failover.md)",
-            )
-        _log.warning("the server was promoted; the slot came along", timeline=now.timeline, promoted_at=str(end))
-
-    def _compare_note(self, note: Note, now: Identity, confirmed: Lsn) -> None:
-        if note.system_identifier != now.system_identifier:
-            raise self._other_cluster(note.system_identifier, now.system_identifier)
-        if note.timeline == now.timeline:
-            if confirmed > note.bound:
-                raise self._moved(confirmed, note.acknowledged, note.bound)
-            return
-        end = _end_of(note.timeline, now)
-        if end is None:
-            raise self._other_history(note.timeline, now)
-        if confirmed > end:  # on this timeline we have not acknowledged anything yet
-            raise self._moved(confirmed, note.acknowledged, end)
-
-    def _accept(self) -> str:
-        if not self._table:
-            return "then start the bridge again"
-        return f"then accept the slot as it stands: DELETE FROM figbridge.slot_guard WHERE slot = '{self.slot}';"  # noqa: S608 (for a human)
-
-    def _moved(self, confirmed: Lsn, least: Lsn, most: Lsn) -> SlotLost:
-        return SlotLost(
-            f"replication slot {self.slot!r} is confirmed up to {confirmed}, and figbridge confirmed nothing beyond "
-            f"{most}: somebody else moved it, or made it anew",
-            hint=f"changes between {least} and {confirmed} may be in no event (pg_recvlogical, "
-            "pg_replication_slot_advance, a slot that was dropped and created, another bridge without slot-guard). "
-            f"Copy or compare the tables; {self._accept()}",
-        )
-
-    def _other_cluster(self, before: str, now: str) -> SlotLost:
-        return SlotLost(
-            f"legacy.dsn leads to another cluster: system identifier {now}, it was {before}",
-            hint="mend legacy.dsn. If the database was moved there on purpose, changes between may be in no event: "
-            f"compare the tables (after pg_upgrade with a carried slot nothing is missing); {self._accept()}",
-        )
-
-    def _other_history(self, timeline: int, now: Identity) -> SlotLost:
-        return SlotLost(
-            f"legacy.dsn leads to a server on timeline {now.timeline} that never was on timeline {timeline}",
-            hint="it is an old primary, or a copy restored to an earlier time. Name the real primary in legacy.dsn; if "
-            f"this is the one now, compare the tables; {self._accept()}",
-        )
 
     def _read(self, connection: psycopg.Connection) -> Note | None:
         row = connection.execute(
@@ -257,7 +163,8 @@ class SlotGuard:
         A replica that lost its connection may find that out late. What it would write then is of no use and would raise
         a false alarm.
         """
-        if self.identity is None:
+        identity = self._incarnation.identity
+        if identity is None:
             return False
         with connection.transaction():
             # flushed here, whatever the role's default is; a synchronous standby that is away must not hold us up
@@ -271,7 +178,7 @@ class SlotGuard:
                 "timeline = excluded.timeline, holder = excluded.holder, acknowledged = excluded.acknowledged, "
                 f"bound = excluded.bound, updated_at = now() {mine}",
                 [
-                    self.slot, self.identity.system_identifier, self.identity.timeline, self._holder,
+                    self.slot, identity.system_identifier, identity.timeline, self._incarnation.holder,
                     str(self.bound.acknowledged), str(bound),
                 ],
             )  # fmt: skip
@@ -295,7 +202,7 @@ class GuardedSource(ReplicationSource):
                 super().connect(start)
                 self._guard.take(connection, self.identity, start)
             except SlotInUse:
-                self._guard.others = True
+                self._guard.outdone()
                 raise
             except BaseException:
                 self.disconnect()  # whoever waits for the slot must not wait for our next try
@@ -330,17 +237,21 @@ class GuardedSource(ReplicationSource):
     def _note(self, write: Callable[[psycopg.Connection, Place], None]) -> None:
         try:
             with self._guard.connect() as connection, legacy.translated():
-                write(connection, Place.of(connection))
+                write(connection, place_of(connection))
         except BridgeError as error:
             _log.warning("the slot's guard was not written", error=str(error), hint="a wider bound stays in force")
 
 
-def _require_same(place: Place, identity: Identity | None) -> None:
-    """A name that moves, or several hosts in the DSN, may lead one connection here and the other there."""
-    if identity is None or (place.system_identifier, place.timeline) != (identity.system_identifier, identity.timeline):
-        raise LegacyUnavailable("two connections led to two servers", hint="a failover is under way")
-
-
-def _end_of(timeline: int, history: Identity) -> Lsn | None:
-    """Where `timeline` ended in that history; None when it was never part of it."""
-    return next((end for number, end in history.ended if number == timeline), None)
+def place_of(connection: psycopg.Connection) -> Place:
+    """Ask it. Raises LegacyUnavailable on a standby, which has no timeline of its own."""
+    try:
+        row = connection.execute(
+            # the first eight digits of a WAL file's name are the timeline it was written on
+            "SELECT system_identifier::text, left(pg_walfile_name(pg_current_wal_flush_lsn()), 8), "
+            "pg_current_wal_flush_lsn()::text FROM pg_control_system()"
+        ).fetchone()
+    except psycopg.errors.ObjectNotInPrerequisiteState as error:
+        raise LegacyUnavailable("the legacy database is a standby at this moment") from error
+    if row is None:
+        raise LegacyUnavailable("the server did not say who it is")
+    return Place(row[0], int(row[1], 16), Lsn.parse(row[2]))

@@ -19,7 +19,8 @@ import structlog
 
 from figbridge import legacy
 from figbridge.errors import SlotLost, SourceError
-from figbridge.forward.guard import GuardedSource, Place, SlotGuard
+from figbridge.forward.guard import GuardedSource, SlotGuard, place_of
+from figbridge.forward.incarnation import Place
 from figbridge.metrics import SLOT_STATUSES, Metrics
 from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import Name, Slot, spell
@@ -86,7 +87,7 @@ class SlotWatch:
     def _connected(self) -> tuple[psycopg.Connection, Place]:
         if self._connection is None or self._place is None:
             self._connection = self._guard.connect()
-            self._place = Place.of(self._connection)
+            self._place = place_of(self._connection)
         return self._connection, self._place
 
     def _drop(self) -> None:
