@@ -39,7 +39,7 @@ format: $(VENV)/.dev  ## let ruff format and mend what it can
 	$(BIN)/ruff format src tests
 	$(BIN)/ruff check --fix src tests
 
-bench: $(VENV)/.dev  ## speed as ratios against peers, in one run (BENCH_ARGS="--rows 500000 --runs 5")
+bench: $(VENV)/.dev  ## rate, CPU, memory, latency, beside peers in one run (BENCH_ARGS="--large-rows 5000000")
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
 
 docs: $(VENV)/.dev  ## docs/types.md anew, from the tests' table of types
