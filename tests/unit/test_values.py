@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ NUMBERS = st.one_of(
 @example("0.1000000000000000")
 @example("0.000000000000000000")
 @example("123456789012.3456")
+@example("9.529199866759897")  # the 16th digit is lost
 def test_a_safe_number_survives_a_parser_that_knows_only_doubles(digits: str) -> None:
     encoded = json.loads(values.safe_number(digits.encode()), parse_int=float)
     if isinstance(encoded, str):
@@ -66,6 +68,12 @@ def test_a_safe_number_survives_a_parser_that_knows_only_doubles(digits: str) ->
 )  # fmt: skip
 def test_what_every_parser_reads_is_a_number(digits: str) -> None:
     assert values.safe_number(digits.encode()) == digits.encode()
+
+
+def test_an_integer_beyond_what_rfc_8259_calls_interoperable_is_a_string() -> None:
+    # a double holds it, and 2**53 + 1 comes out as the same
+    assert values.safe_number(b"9007199254740992") == b'"9007199254740992"'
+    assert values.safe_number(b"-9007199254740992") == b'"-9007199254740992"'
 
 
 @given(NUMBERS)
@@ -138,6 +146,20 @@ def test_an_array_of_integers_survives(rows: list[Any]) -> None:
 def test_an_array_of_a_domain_over_arrays_survives(rows: list[Any]) -> None:
     encode = values.array(values.array(values.text))
     assert json.loads(encode(literal([literal(row) for row in rows]).encode())) == rows
+
+
+@pytest.mark.parametrize("text", ["a b", 'a "quoted" b', "back\\\\slash"])
+def test_a_large_element_takes_memory_of_its_own_size(text: str) -> None:
+    value = literal([text * 100_000]).encode()
+    encode = values.array(lambda element: b"%d" % len(element))  # text itself reserves more, but does not touch it
+    tracemalloc.start()
+    try:
+        encoded = encode(value)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert json.loads(encoded) == [len(text) * 100_000]
+    assert peak < 8 * len(value)
 
 
 def test_an_array_with_bounds_of_its_own_stays_a_literal() -> None:

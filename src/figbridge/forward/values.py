@@ -36,6 +36,7 @@ Encoder = Callable[[bytes], bytes]
 _dumps: Final = orjson.dumps
 _BRACKETS: Final = bytes.maketrans(b"{}", b"[]")
 _LAST_DIGIT: Final = ord("9")
+_QUOTE, _LINE_FEED, _RETURN = b'"\n\r'  # as numbers: `in` is then three times as fast
 _PG_SNAPSHOTS: Final = 5039  # pg_snapshot[], which psycopg's list of built-in types leaves out
 
 
@@ -60,7 +61,7 @@ def char(value: bytes) -> bytes:
 
 def document(value: bytes) -> bytes:
     """Columns of type json and jsonb hold JSON already; a line break in it can only stand between tokens."""
-    if b"\n" in value or b"\r" in value:
+    if _LINE_FEED in value or _RETURN in value:
         value = value.replace(b"\n", b" ").replace(b"\r", b" ")
     if not value.isascii():
         # unchanged where it is UTF-8; backslashreplace writes a surrogate as JSON does
@@ -117,24 +118,33 @@ def array(element: Encoder, delimiter: str = ",") -> Encoder:
     """
     if element is raw:
         return _integers
-    separator = re.escape(delimiter.encode())
-    token = re.compile(rb'[{}]|%b|"((?:[^"\\]|\\.)*)"|([^{}"%b]+)' % (separator, separator), re.DOTALL)
-    unescape = re.compile(rb"\\(.)", re.DOTALL).sub
-    punctuation = {b"{": b"[", b"}": b"]", delimiter.encode(): b","}
+    comma = delimiter.encode()
+    separator = re.escape(comma)
+    # possessive (++, *+): what could be given back on the way would cost 170 bytes of memory a byte of a quoted element
+    tokens = re.compile(
+        rb'([{}]|%b)|([^{}"%b]++)|"([^"\\]*+(?:\\.[^"\\]*+)*+)"' % (separator, separator), re.DOTALL
+    ).findall
+    punctuation = {b"{": b"[", b"}": b"]", comma: b","}
+
+    def flat(value: bytes) -> bytes:
+        if value == b"{}":
+            return b"[]"
+        return b"[%b]" % b",".join([b"null" if it == b"NULL" else element(it) for it in value[1:-1].split(comma)])
 
     def encode(value: bytes) -> bytes:
         if not value.startswith(b"{"):
             return text(value)  # explicit bounds: [0:1]={…}
+        if _QUOTE not in value and value.count(b"{") == 1:
+            return flat(value)
         parts = []
-        for match in token.finditer(value):
-            if (mark := punctuation.get(match[0])) is not None:
-                parts.append(mark)
-            elif match[1] is not None:
-                parts.append(element(unescape(rb"\1", match[1])))
-            elif match[2] == b"NULL":
-                parts.append(b"null")
+        for mark, bare, quoted in tokens(value):
+            if mark:
+                parts.append(punctuation[mark])
+            elif bare:
+                parts.append(b"null" if bare == b"NULL" else element(bare))
             else:
-                parts.append(element(match[2]))
+                # the only two that array_out escapes, in this order
+                parts.append(element(quoted.replace(b'\\"', b'"').replace(b"\\\\", b"\\")))
         return b"".join(parts)
 
     return encode
