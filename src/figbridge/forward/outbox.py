@@ -17,9 +17,8 @@ What it does not do: change a payload. Numbers keep their digits, objects the or
 https://debezium.io/documentation/reference/stable/transformations/outbox-event-router.html
 """
 
-import json
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import orjson
 import structlog
@@ -27,7 +26,8 @@ import structlog
 from figbridge.change import Begin, Change, Operation, Relation, Row
 from figbridge.config import OutboxSection, split_table
 from figbridge.event import Event, Rejection
-from figbridge.forward import place
+from figbridge.forward import members, place
+from figbridge.forward.members import Member, NotJson, Number
 from figbridge.forward.place import Place
 from figbridge.forward.values import Encoder, Encoders, document
 
@@ -38,19 +38,6 @@ MALFORMED: Final = "OutboxMalformed"  # the code of such a rejection
 
 class Unroutable(Exception):
     """A message that is no outbox event; its text says why. For a row, `Outbox.event` makes the rejection itself."""
-
-
-class _Number(str):
-    """A JSON number by its digits: an integer of any size stays what it is."""
-
-    __slots__ = ()
-
-
-def _no_json(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")  # Python's parser would take NaN and Infinity
-
-
-_JSON: Final = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_no_json)
 
 
 class _Routed(NamedTuple):
@@ -119,26 +106,33 @@ class Outbox:
         """The event of a message with the outbox's prefix; `content` is None if it is no text. Raises Unroutable."""
         if content is None:
             raise Unroutable("the content is not text in the database's encoding")
-        section, members = self._section, _members(content)
+        section = self._section
+        try:
+            found = members.of_object(content)
+        except NotJson as error:
+            raise Unroutable(f"the content is not JSON as it must be ({error})") from None
         route = (section.aggregate_type, section.aggregate_id, section.event_type)
-        aggregate_type, aggregate_id, kind = (_route_text(key, members.get(key)) for key in route)
-        if section.payload not in members:
+        aggregate_type, aggregate_id, kind = (_route_text(key, found.get(key)) for key in route)
+        if section.payload not in found:
             raise Unroutable(f"it has no {section.payload!r}")
-        kept = [(name, members[name].text) for name in section.fields if name in members]
-        own = members.get(section.id)
+        kept = [(name, found[name]) for name in section.fields if name in found]
+        own = found.get(section.id)
         routed = _Routed(
             aggregate_type,
             aggregate_id,
             kind,
-            own.json() if own else b"null",
-            members[section.payload].json(),
-            b"{%b}" % b",".join(orjson.dumps(name) + b":" + _one_line(text) for name, text in kept),
+            _verbatim(own) if own else b"null",
+            _verbatim(found[section.payload]),
+            b"{%b}" % b",".join(orjson.dumps(name) + b":" + _verbatim(member) for name, member in kept),
         )
         return self._event(routed, where, b'"schema":null,"table":null')
 
     def _event(self, routed: _Routed, where: Place, origin: bytes) -> Event:
         words = {"database": self._database, "aggregate_type": routed.aggregate_type, "type": routed.type}
-        key = b'{"aggregate_type":%b,"aggregate_id":%b}' % (_dumps(routed.aggregate_type), _dumps(routed.aggregate_id))
+        key = b'{"aggregate_type":%b,"aggregate_id":%b}' % (
+            orjson.dumps(routed.aggregate_type),
+            orjson.dumps(routed.aggregate_id),
+        )
         if self._section.detail == "payload":
             if not routed.payload.startswith(b"{"):
                 raise Unroutable("the payload is no JSON object, which a detail must be; set detail: envelope")
@@ -149,7 +143,7 @@ class Outbox:
                 origin,
                 key,
                 routed.outbox_id,
-                _dumps(routed.type),
+                orjson.dumps(routed.type),
                 routed.payload,
                 routed.fields,
                 where.tail,
@@ -229,9 +223,9 @@ class _Table:
         if encode is document or not self._expand:
             return encode(payload).lstrip()
         try:
-            _JSON.decode(payload.decode())
-        except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
-            raise Unroutable(f"its {self._payload_name!r} is not JSON ({_reason(error)})") from None
+            members.check(payload.decode())
+        except ValueError as error:  # NotJson, or no UTF-8
+            raise Unroutable(f"its {self._payload_name!r} is not JSON ({error})") from None
         return document(payload).strip()
 
     def _json(self, row: Row, position: int) -> bytes:
@@ -239,71 +233,15 @@ class _Table:
         return self._columns[position][1](value) if isinstance(value, bytes) else b"null"
 
 
-class _Member(NamedTuple):
-    """A value of a JSON object: parsed, and as it was written."""
-
-    value: Any
-    text: str
-
-    def json(self) -> bytes:
-        return _one_line(self.text)
-
-
-def _members(content: str) -> dict[str, _Member]:
-    """The members of a JSON object with the text of each value, so that none is printed anew. Raises Unroutable."""
-    try:
-        return _taken_apart(content.strip(_SPACE))
-    except (ValueError, RecursionError) as error:
-        raise Unroutable(f"the content is not a JSON object ({_reason(error)})") from None
-
-
-def _taken_apart(content: str) -> dict[str, _Member]:
-    if not content.startswith("{"):
-        raise ValueError("not an object")
-    _JSON.decode(content)  # once as a whole: below only well-formed text is taken apart
-    members: dict[str, _Member] = {}
-    position = _skip(content, 1)
-    while content[position] != "}":
-        name, position = _JSON.raw_decode(content, position)
-        start = _skip(content, _skip(content, position) + 1)  # behind the colon
-        value, end = _JSON.raw_decode(content, start)
-        if name in members:
-            raise ValueError(f"{name!r} is there twice")
-        members[name] = _Member(value, content[start:end])
-        position = _skip(content, end)
-        if content[position] == ",":
-            position = _skip(content, position + 1)
-    return members
-
-
-_SPACE: Final = " \t\n\r"
-
-
-def _skip(content: str, position: int) -> int:
-    while content[position] in _SPACE:
-        position += 1
-    return position
-
-
-def _route_text(key: str, member: _Member | None) -> str:
+def _route_text(key: str, member: Member | None) -> str:
     value = member.value if member else None
     # a number may only be an integer: 1 and 1.0 would be two keys of one aggregate
-    if not isinstance(value, str) or not value or (isinstance(value, _Number) and not value.lstrip("-").isdecimal()):
+    if not isinstance(value, str) or not value or (isinstance(value, Number) and not value.lstrip("-").isdecimal()):
         raise Unroutable(f"its {key!r} is missing, or neither a text nor an integer")
     if not value.isprintable() and any("\ud800" <= it <= "\udfff" for it in value):
         raise Unroutable(f"its {key!r} holds half a character, a lone surrogate")
     return str(value)
 
 
-def _one_line(text: str) -> bytes:
-    return document(text.encode())
-
-
-def _dumps(text: str) -> bytes:
-    return orjson.dumps(text)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return f"at character {error.pos}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
+def _verbatim(member: Member) -> bytes:
+    return document(member.text.encode())
