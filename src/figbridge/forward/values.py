@@ -9,7 +9,8 @@ lone surrogates). docs/types.md lists every type. The exceptions, so that an eve
   the catalogue is of now while the row is of then: ALTER TYPE … RENAME, DROP or ADD ATTRIBUTE in between, which neither
   PostgreSQL forbids nor the stream tells, would put values under wrong names. A wrong row is worse than a literal.
 * a type of an extension (hstore, citext, vector) is a string of its text output, also where it has a cast to json.
-* a byte that is not UTF-8, which only a database of encoding SQL_ASCII holds, is the escape ``\udc80`` … ``\udcff``.
+* a byte that is not UTF-8 is the escape ``\udc80`` … ``\udcff``. A database of encoding UTF8 can hold one by a fault of
+  old, and sends it unchecked; from one of encoding SQL_ASCII the server refuses to send it at all.
 
 A domain is encoded as its base type, an array of whatever type as a JSON array: both are fixed when the type is made,
 so they can be looked up late. A type that is gone by then leaves as text: nothing is dropped, nulled or clamped.
