@@ -16,7 +16,7 @@ BridgeError                  hint says the remedy; exit_status is what the proce
 └── LegacyUnavailable        the legacy database, write side; retried
 
 A class exists only where a caller behaves differently.
-``retryable`` is read by one place, `figbridge.retry`.
+``retryable``, ``retry_after`` and ``urgent`` are read by one place, `figbridge.retry`.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,16 @@ from dataclasses import dataclass
 
 
 class BridgeError(Exception):
-    """The root. ``hint`` is the remedy, in the imperative; ``retryable`` says that trying again may help."""
+    """The root. ``hint`` is the remedy, in the imperative; ``retryable`` says that trying again may help.
+
+    ``retry_after`` is a fixed number of seconds until then, where backing off would only cost time; ``urgent`` says
+    that trying again helps only after a human has acted.
+    """
 
     exit_status = 1
     retryable = False
+    retry_after: float | None = None
+    urgent = False
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -77,6 +83,7 @@ class SlotInUse(SourceError):
     """Another process holds the replication slot: a second replica of this bridge, or its zombie walsender."""
 
     retryable = True
+    retry_after = 0.5  # whoever waits for the slot takes it over this soon; backing off would only cost time
 
 
 class SlotLost(SourceError):
