@@ -10,7 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from figbridge import legacy
+from figbridge.change import Change
 from figbridge.forward import values
+from figbridge.forward.decode import Decoder
 from figbridge.forward.source import _SETTINGS
 from fixtures.clock import until
 from fixtures.forward import Forward
@@ -88,18 +90,22 @@ def said_by_events(database: Database, rows: int) -> list[Any]:
 
 
 def said_by_encoders(database: Database) -> list[Any]:
+    """What pgoutput sends, by the encoders of the OIDs that its RELATION message names."""
     encoders = values.Encoders("safe", lambda oid: legacy.type_description(database.dsn, oid))
+    decoder = Decoder()
     with database.connect(options=_SETTINGS) as connection:
-        attributes = connection.execute(
-            "SELECT attname, atttypid::int8 FROM pg_attribute WHERE attrelid = 'matrix'::regclass AND attnum > 0"
-        ).fetchall()
-        result = connection.execute("SELECT * FROM matrix ORDER BY id").pgresult
-    assert result
-    found: list[Any] = []
-    for row in range(result.ntuples):
-        texts = [(name, oid, result.get_value(row, at)) for at, (name, oid) in enumerate(attributes)]
-        found.append({name: None if it is None else parsed(encoders.of(oid)(it).decode()) for name, oid, it in texts})
-    return found
+        payloads = connection.execute(
+            "SELECT data FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, "
+            "'proto_version', '1', 'publication_names', 'pub')", [database.slot],
+        ).fetchall()  # fmt: skip
+    changes = [it for it in map(decoder.feed, (data for (data,) in payloads)) if isinstance(it, Change)]
+    return [
+        {
+            column.name: parsed(encoders.of(column.type_oid)(value).decode()) if isinstance(value, bytes) else value
+            for column, value in zip(change.relation.columns, change.after or (), strict=True)
+        }
+        for change in changes
+    ]
 
 
 def test_every_built_in_type_is_as_the_page_has_it(each_database: Database) -> None:
