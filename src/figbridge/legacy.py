@@ -2,16 +2,23 @@
 
 Everything that is not the replication stream goes through `connect`: it names itself in pg_stat_activity, fails fast
 when the server is gone, and never leaves a transaction idle.
+
+Who is dead is found out by three clocks, because each sees what the others do not: ``connect_timeout`` while a
+connection is opened; the kernel (`SOCKET`) when the host or the network is gone, however busy the server was; and
+`patience`, the only one to notice a proxy or a firewall that keeps the connection and passes nothing on.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import conninfo
+from psycopg.abc import PQGen
 
+from figbridge import refusal
 from figbridge.errors import BridgeError, LegacyUnavailable
 
 SCHEMA: Final = "figbridge"
@@ -21,18 +28,80 @@ SCHEMA: Final = "figbridge"
 _PASSING: Final = ("08", "40", "53", "55", "57")
 
 
-def connect(dsn: str, *, purpose: str, autocommit: bool = False) -> psycopg.Connection:
-    """A connection that names itself ``figbridge-<purpose>``. Raises LegacyUnavailable (retryable) or BridgeError."""
+# libpq's names; all of them may be set in the DSN. Together: a peer that is gone is noticed after 20 to 25 s, whether
+# there is something to send (tcp_user_timeout, milliseconds) or not. Without them Linux takes a quarter of an hour, and
+# two hours when idle. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS
+SOCKET: Final[dict[str, int]] = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,
+}
+PATIENCE: Final = 60.0  # seconds a statement may take when nobody says otherwise
+
+T = TypeVar("T")
+
+
+class _Connection(psycopg.Connection[Any]):
+    """A connection that ends when an answer does not come within `patience` seconds."""
+
+    patience: float | None = None
+
+    def wait(self, gen: PQGen[T], *arguments: Any, **options: Any) -> T:
+        """As psycopg's, which every statement goes through."""
+        if self.patience is None:
+            return super().wait(gen, *arguments, **options)
+        try:
+            return super().wait(_within(gen, self.patience), *arguments, **options)
+        except TimeoutError as error:
+            self.pgconn.finish()  # an answer that came now would be taken for the next statement's
+            raise psycopg.OperationalError(
+                f"no answer for {self.patience:g} s: the server, or something on the way to it, hangs"
+            ) from error
+
+
+def _within(gen: PQGen[T], seconds: float) -> PQGen[T]:
+    """`gen`, which psycopg resumes at least every 0.1 s. Raises TimeoutError in the place of one more wait."""
+    deadline = time.monotonic() + seconds
     try:
-        return psycopg.connect(
+        wanted = next(gen)
+        while True:
+            ready = yield wanted
+            if not ready and time.monotonic() > deadline:
+                gen.close()
+                raise TimeoutError
+            wanted = gen.send(ready)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]  # what `gen` returned, as `yield from` would
+
+
+def connect(
+    dsn: str, *, purpose: str, autocommit: bool = False, patience: float | None = PATIENCE
+) -> psycopg.Connection:
+    """A connection that names itself ``figbridge-<purpose>``. Raises LegacyUnavailable (retryable) or BridgeError.
+
+    A statement that has no answer after `patience` seconds closes the connection and raises psycopg.OperationalError,
+    which `translated` makes LegacyUnavailable: what it did is unknown. None waits as long as it takes.
+    """
+    try:
+        connection = _Connection.connect(
             dsn,
             autocommit=autocommit,
             application_name=f"figbridge-{purpose}",
-            connect_timeout=conninfo.conninfo_to_dict(dsn).get("connect_timeout") or 10,
             prepare_threshold=None,  # PgBouncer's transaction mode hands a prepared statement to nobody
+            **socket_settings(dsn),  # type: ignore[arg-type]  # libpq's own parameters, which psycopg passes on
         )
     except psycopg.OperationalError as error:
         raise translate(error) from error
+    connection.patience = patience
+    return connection
+
+
+def socket_settings(dsn: str) -> dict[str, int]:
+    """Those of `SOCKET` that the DSN leaves open."""
+    given = conninfo.conninfo_to_dict(dsn)
+    return {name: value for name, value in SOCKET.items() if given.get(name) is None}
 
 
 def describe(dsn: str) -> str:
@@ -45,9 +114,16 @@ def describe(dsn: str) -> str:
 
 
 def translate(error: psycopg.Error) -> BridgeError:
-    """The psycopg error as one of ours: LegacyUnavailable when its SQLSTATE says that it passes."""
+    """The psycopg error as one of ours: LegacyUnavailable when its SQLSTATE says that it passes.
+
+    A connection that was refused has no SQLSTATE. It is tried again too, at ERROR (`figbridge.refusal` says why).
+    """
     state = error.sqlstate
     text = str(error).strip()
+    if state is None and (remedy := refusal.remedy(text)):
+        refused = LegacyUnavailable(f"the legacy database refuses the connection: {text}", hint=remedy)
+        refused.urgent = True
+        return refused
     if state is None or state.startswith(_PASSING):
         return LegacyUnavailable(
             f"the legacy database is not available: {text}", hint="nothing is lost; the bridge tries again"

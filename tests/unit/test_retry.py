@@ -1,6 +1,7 @@
 """When the next try comes, and what the log says meanwhile."""
 
 import threading
+import time
 
 import pytest
 import structlog
@@ -73,7 +74,7 @@ def test_what_only_a_human_can_end_is_an_error_in_the_log_with_its_hint(monkeypa
 
 def test_the_same_trouble_is_told_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(retry.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     told = retry._Told()
     assert told.is_news("gone")
     assert not told.is_news("gone")

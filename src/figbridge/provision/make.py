@@ -112,7 +112,7 @@ def _make_slot(config: Config) -> list[str]:
     https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
     """
     section, dsn = config.legacy, config.legacy.dsn.get_secret_value()
-    with legacy.translated(), legacy.connect(dsn, purpose="init") as connection:
+    with legacy.translated(), legacy.connect(dsn, purpose="init", patience=None) as connection:
         if found := catalogue.slot(connection, section.slot):
             return [f"slot {section.slot}: there already", *_no_failover(section, found)]
         if config.guards_slot:

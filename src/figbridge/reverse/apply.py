@@ -113,6 +113,7 @@ class Applier:
         # identifiers and keys are sent as UTF-8, whatever the encoding of the database is; the server converts
         self._dsn = conninfo.make_conninfo(dsn, client_encoding="UTF8")
         self._timeouts = [_milliseconds(statement_timeout), _milliseconds(lock_timeout)]
+        self._patience = statement_timeout + legacy.PATIENCE  # the server's own end of a statement comes first
         self._on_step = on_step
         self._connection: psycopg.Connection | None = None
 
@@ -184,7 +185,7 @@ class Applier:
 
     def _connected(self) -> psycopg.Connection:
         if self._connection is None:
-            self._connection = legacy.connect(self._dsn, purpose="apply", autocommit=True)
+            self._connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
         return self._connection
 
     def _leave_clean(self, connection: psycopg.Connection) -> None:
