@@ -15,21 +15,35 @@ from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from figbridge.config import (
+    ClaimCheckSection,
+    DeadLettersSection,
     EventBridgeSinkSection,
+    EventBridgeV2SinkSection,
+    FileDeadLetters,
     FileSinkSection,
+    FirehoseSinkSection,
+    KinesisSinkSection,
+    KinesisSourceSection,
     LocalSinkSection,
     LocalSourceSection,
+    PluginSection,
+    ReverseSourceSection,
+    S3DeadLetters,
     SinkSection,
-    SourceSection,
+    SnsSinkSection,
+    SqsDeadLetters,
+    SqsSinkSection,
     SqsSourceSection,
     StdoutSinkSection,
+    TableDeadLetters,
 )
+from figbridge.deadletter import DeadLetterStore, FileDeadLetterStore, TableDeadLetterStore
 from figbridge.event import Event, Rejection
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request may hold, as data: the batcher reads it, nobody asks a sink what it is.
+    """What one request may hold and what the service does with it, as data: nobody asks a sink what it is.
 
     entries      most entries in a request
     entry_bytes  most bytes of one entry, by the sink's own `Sink.size`
@@ -37,19 +51,25 @@ class Limits:
     partial      the service may take some entries of a request and refuse others. Then a request never holds two
                  events of one key: were the first refused and the second taken, their order would be lost whatever
                  we do next.
+    ordered      a consumer can read the events of one key in the order in which they were published
+    dedup        seconds in which the service drops an event that comes again; 0: it does not, inf: for ever
+    in_flight    most requests that may wait for the service's answer at once; 1: `Sink.publish` is called by one thread
     """
 
     entries: int
     entry_bytes: int
     batch_bytes: int
     partial: bool
+    ordered: bool = True
+    dedup: float = 0.0
+    in_flight: int = 1
 
 
 class Sink(Protocol):
     """Where events are published to.
 
-    Calls come from one thread at a time: `check` once before anything, `publish` any number of times, `close` last.
-    The same event may come again, under the same id.
+    `check` is called once before anything, `publish` any number of times, by up to `Limits.in_flight` threads at once,
+    `close` last. The same event may come again, under the same id.
     """
 
     @property
@@ -58,7 +78,7 @@ class Sink(Protocol):
 
     @property
     def limits(self) -> Limits:
-        """See `Limits`."""
+        """See `Limits`. `check` may narrow it to what the destination itself is set to."""
 
     def size(self, event: Event) -> int:
         """Bytes that `event` counts for, by the service's own formula."""
@@ -79,6 +99,19 @@ class Sink(Protocol):
         """Release what is held. May be called twice."""
 
 
+class Deposit(Protocol):
+    """Where the body of an event is kept that is too large for the sink."""
+
+    def check(self) -> None:
+        """Prove that it exists. Raises SinkRefused with the remedy if not, SinkUnavailable."""
+
+    def deposit(self, event: Event) -> Event:
+        """Keep `event`; a small one of the same id that says where. Raises SinkRefused, SinkUnavailable."""
+
+    def close(self) -> None:
+        """Release what is held."""
+
+
 class Delivery(Protocol):
     """One message of a source, in our hands until it is settled by exactly one of `ack` and `nack`."""
 
@@ -89,6 +122,10 @@ class Delivery(Protocol):
     @property
     def attempts(self) -> int:
         """How often it has been delivered, this time included; 1 for the first."""
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may have it by now, so that it must not be applied here any more."""
 
     def ack(self) -> None:
         """It is done with. Call only after the legacy transaction committed. Raises QueueUnavailable."""
@@ -113,11 +150,14 @@ class Source(Protocol):
         Raises QueueUnavailable when the queue does not answer.
         """
 
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """`Delivery.ack` of all of these deliveries of ours, for less. Raises QueueUnavailable; then call it again."""
+
     def close(self) -> None:
         """Release what is held; unsettled messages will be delivered again. May be called twice."""
 
 
-def open_sink(section: SinkSection) -> Sink:
+def open_sink(section: SinkSection) -> Sink:  # noqa: C901, PLR0911 (one for each)
     """The sink that a configuration section describes. Imports its transport only now: boto3 costs 0.2 s."""
     match section:
         case FileSinkSection():
@@ -136,12 +176,61 @@ def open_sink(section: SinkSection) -> Sink:
             from figbridge.transports.eventbridge import EventBridgeSink  # noqa: PLC0415
 
             return EventBridgeSink(section)
+        case EventBridgeV2SinkSection():
+            from figbridge.transports.eventbridge_v2 import EventBridgeV2Sink  # noqa: PLC0415
+
+            return EventBridgeV2Sink(section)
+        case KinesisSinkSection():
+            from figbridge.transports.kinesis import KinesisSink  # noqa: PLC0415
+
+            return KinesisSink(section)
+        case FirehoseSinkSection():
+            from figbridge.transports.firehose import FirehoseSink  # noqa: PLC0415
+
+            return FirehoseSink(section)
+        case SqsSinkSection():
+            from figbridge.transports.sqs_sink import SqsSink  # noqa: PLC0415
+
+            return SqsSink(section)
+        case SnsSinkSection():
+            from figbridge.transports.sns import SnsSink  # noqa: PLC0415
+
+            return SnsSink(section)
+        case PluginSection():
+            opened: Sink = section.open()
+            return opened
         case _:
             assert_never(section)
 
 
-def open_source(section: SourceSection) -> Source:
-    """The source that a configuration section describes."""
+def open_deposit(section: ClaimCheckSection) -> Deposit:
+    """Where large events are kept, as a configuration section describes it."""
+    from figbridge.transports.claimcheck import ClaimChecks  # noqa: PLC0415
+
+    return ClaimChecks(section)
+
+
+def open_dead_letters(section: DeadLettersSection, dsn: str) -> DeadLetterStore:
+    """The store of dead letters that a configuration section describes; `dsn` is the legacy database's."""
+    match section:
+        case TableDeadLetters():
+            return TableDeadLetterStore(dsn)
+        case FileDeadLetters():
+            return FileDeadLetterStore(section.path)
+        case S3DeadLetters():
+            from figbridge.transports.s3_letters import S3DeadLetterStore  # noqa: PLC0415
+
+            return S3DeadLetterStore(section)
+        case SqsDeadLetters():
+            from figbridge.transports.sqs_letters import SqsDeadLetterStore  # noqa: PLC0415
+
+            return SqsDeadLetterStore(section)
+        case _:
+            assert_never(section)
+
+
+def open_source(section: ReverseSourceSection, dsn: str = "") -> Source:
+    """The source that a configuration section describes; one of a stream keeps its place in the database of `dsn`."""
     match section:
         case LocalSourceSection():
             from figbridge.transports.local import LocalSource  # noqa: PLC0415
@@ -151,5 +240,12 @@ def open_source(section: SourceSection) -> Source:
             from figbridge.transports.sqs import SqsSource  # noqa: PLC0415
 
             return SqsSource(section)
+        case KinesisSourceSection():
+            from figbridge.transports.kinesis_source import KinesisSource  # noqa: PLC0415
+
+            return KinesisSource(section, dsn)
+        case PluginSection():
+            opened: Source = section.open()
+            return opened
         case _:
             assert_never(section)

@@ -7,10 +7,16 @@ Refuses to guess: without a region or credentials nothing starts. botocore would
 and answer minutes later with an error that names neither.
 """
 
+import functools
+import hashlib
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import boto3
+import botocore
+import botocore.session
+import orjson
 from botocore.config import Config as BotoConfig
 from botocore.exceptions import (
     BotoCoreError,
@@ -29,6 +35,9 @@ from botocore.parsers import ResponseParserError
 
 from figbridge.config import AwsSection
 from figbridge.errors import BridgeError
+
+if TYPE_CHECKING:
+    from figbridge.transports.crt import Caller
 
 # What a call of a client raises; nothing else of botocore's concerns a transport.
 ERRORS: Final = (ClientError, BotoCoreError, ResponseParserError)
@@ -49,8 +58,11 @@ _RETRYABLE: Final = frozenset({
     "InternalError",
     "InternalException",
     "InternalFailure",
+    "InternalFailureException",
     "InternalServerError",
     "InternalServiceError",
+    "KMSThrottling",
+    "KMSThrottlingException",
     "KmsThrottled",
     "LimitExceededException",
     "OverLimit",
@@ -66,6 +78,7 @@ _RETRYABLE: Final = frozenset({
     "ServiceUnavailable",
     "ServiceUnavailableException",
     "SlowDown",
+    "Throttled",
     "ThrottledException",
     "Throttling",
     "ThrottlingException",
@@ -88,12 +101,13 @@ _NO_CREDENTIALS: Final = (
 )
 
 
-def client(service: str, section: AwsSection, *, validate: bool = True) -> Any:
+def client(service: str, section: AwsSection, *, validate: bool = True, connections: int = 10) -> Any:
     """A boto3 client for `service` (botocore's name: ``events``, ``sqs``), with botocore's retries off.
 
     Each call makes a Session of its own, because sessions are not thread-safe and clients are:
     https://docs.aws.amazon.com/boto3/latest/guide/clients.html
-    `validate` False skips botocore's check of the parameters; only for a caller that did its own.
+    `validate` False skips botocore's check of the parameters; only for a caller that did its own. `connections` is how
+    many threads use it at once; with fewer each further request would open a connection and drop it.
     Raises BridgeError with a hint when there is no region, profile or credentials. Nothing is called yet.
     """
     settings = BotoConfig(
@@ -103,7 +117,9 @@ def client(service: str, section: AwsSection, *, validate: bool = True) -> Any:
         read_timeout=_READ_TIMEOUT,
         tcp_keepalive=True,  # a NAT gateway forgets an idle connection after 350 s and tells nobody
         parameter_validation=validate,
-        user_agent_extra=f"figbridge/{_version()}",
+        max_pool_connections=connections,
+        # whole, and not botocore's with an addition: botocore would put its own together anew for each request, twice
+        user_agent=_user_agent(),
     )
     try:
         session = boto3.Session(region_name=section.region)
@@ -127,6 +143,61 @@ def client(service: str, section: AwsSection, *, validate: bool = True) -> Any:
     return made
 
 
+def caller(client: Any, operation: str, section: AwsSection) -> "Caller":
+    """What calls `operation` of the client's service by the AWS Common Runtime. Raises BridgeError."""
+    from figbridge.transports.crt import Caller  # noqa: PLC0415 (an extra)
+
+    return Caller(
+        client,
+        operation,
+        credentials=credentials(section),
+        user_agent=_user_agent(),
+        connect_timeout=_CONNECT_TIMEOUT,
+        read_timeout=_READ_TIMEOUT,
+        authorities=botocore.session.get_session().get_config_variable("ca_bundle"),  # AWS_CA_BUNDLE, or the profile's
+    )
+
+
+def credentials(section: AwsSection) -> Any:
+    """Those of botocore's chain, read anew."""
+    return boto3.Session(region_name=section.region).get_credentials()
+
+
+def take_bodies(client: Any, operation: str) -> None:
+    """Let an operation of a JSON service be given its body ready-made, as ``Body``, and answer ``Answer``, parsed.
+
+    botocore walks through each value of each entry by the service's model, in Python, on the way out and on the way
+    back: two thirds of the CPU of a PutRecords. The hooks are botocore's own; signing, endpoints, credentials and
+    errors stay its business. Other parameters may be given beside, for the rules that choose the endpoint.
+    https://docs.aws.amazon.com/boto3/latest/guide/events.html
+    """
+    name = f"{client.meta.service_model.service_id.hyphenize()}.{operation}"
+    events = client.meta.events
+    events.register(f"provide-client-params.{name}", _keep_body)
+    events.register(f"before-call.{name}", _put_body)
+    events.register(f"before-parse.{name}", _parse)
+
+
+def _keep_body(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    context["figbridge.body"] = params.pop("Body")
+
+
+def _put_body(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
+    params["body"] = context["figbridge.body"]
+
+
+def _parse(response_dict: dict[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
+    if response_dict["status_code"] >= 300:
+        return  # an error, which botocore reads
+    try:
+        answer = orjson.loads(response_dict["body"])
+    except orjson.JSONDecodeError:
+        return  # of a proxy perhaps; botocore says so
+    if isinstance(answer, dict):
+        customized_response_dict["Answer"] = answer
+        response_dict["body"] = b"{}"
+
+
 def classify(error: Exception) -> tuple[str, bool]:
     """(code, retryable) of what a client's call raised: one of `ERRORS`.
 
@@ -145,20 +216,42 @@ def classify(error: Exception) -> tuple[str, bool]:
 
 def retryable(code: str) -> bool:
     """Whether an error code, of a request or of a single entry, says that a later try may succeed."""
-    return code in _RETRYABLE
+    return code.rpartition(".")[2] in _RETRYABLE
 
 
 def remedy(code: str, *, action: str, resource: str) -> str:
     """What the operator does about `code` when the IAM action `action` on `resource` was refused with it."""
-    if "AccessDenied" in code or code.startswith("NotAuthorized"):
+    if code.upper().startswith("KMS"):
+        return (
+            f"let this role use the KMS key of {resource} (kms:GenerateDataKey, kms:Decrypt); the key must be enabled"
+        )
+    if "AccessDenied" in code or code.startswith(("NotAuthorized", "AuthorizationError")):
         return f"allow {action} on {resource} to this role; look into the resource's own policy as well"
     if code in {"UnrecognizedClientException", "InvalidClientTokenId", "InvalidSignatureException"}:
         return "the credentials are not valid for this region and account; check them, and this machine's clock"
-    if "NotFound" in code or "NonExistent" in code or code == "QueueDoesNotExist":
+    if "NotFound" in code or "NonExistent" in code or code in {"QueueDoesNotExist", "NoSuchBucket"}:
         return f"create {resource}, or check its name, the region and the account"
     if code == "SSLError":
         return "the endpoint's certificate is not trusted here; name its authority with AWS_CA_BUNDLE"
     return f"AWS refused {action} on {resource} with {code}; mend what the message says and start again"
+
+
+def trace_header(template: str, identity: str, time: datetime) -> str:
+    """X-Ray's trace header of an event, by a template of ``{trace}`` and ``{id}``.
+
+    The trace is that of the event's transaction, derived from its id like everything else: what is delivered again is
+    the same trace. https://docs.aws.amazon.com/xray/latest/devguide/xray-api-sendingdata.html#xray-api-traceids
+    """
+    return template.format(trace=_trace(identity.rpartition("-")[0], int(time.timestamp())), id=identity)
+
+
+@functools.lru_cache(maxsize=64)
+def _trace(transaction: str, seconds: int) -> str:
+    return f"1-{seconds:08x}-{hashlib.blake2b(transaction.encode(), digest_size=12).hexdigest()}"
+
+
+def _user_agent() -> str:
+    return f"Boto3/{boto3.__version__} Botocore/{botocore.__version__} figbridge/{_version()}"
 
 
 def _version() -> str:

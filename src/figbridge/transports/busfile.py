@@ -30,7 +30,7 @@ CREATE TABLE event (
     seq    INTEGER PRIMARY KEY AUTOINCREMENT,  -- never given twice, not even after a prune
     source TEXT NOT NULL,
     id     TEXT NOT NULL,
-    body   BLOB NOT NULL,                      -- the envelope
+    body   BLOB NOT NULL,                      -- as published
     UNIQUE (source, id)                        -- an id is its source's own, as in CloudEvents
 );
 CREATE TABLE subscriber (name TEXT PRIMARY KEY, frontier INTEGER NOT NULL) WITHOUT ROWID;

@@ -4,45 +4,46 @@ Invariant: an event counts as durable only when AWS answered an EventId for its 
 
 Refuses to publish to a bus that it did not look up: PutEvents answers for an unknown bus with success and event ids,
 and the events are gone. So the bus is looked up before the first event and again every minute.
-Entries that AWS would not take are returned without being sent, because a single one that is too large makes AWS
-refuse the whole request.
 """
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC
-from typing import Any, Final
+from typing import Final
 
+import orjson
 import structlog
 
 from figbridge.config import EventBridgeSinkSection
-from figbridge.errors import SinkError, SinkRefused, SinkUnavailable
+from figbridge.errors import SinkRefused, SinkUnavailable
 from figbridge.event import Event, Rejection
 from figbridge.transports import Limits, aws
+from figbridge.transports.awssink import JsonSink, Refusal, Unfit, in_order
 
 _log = structlog.get_logger()
 
 # "The total entry size must be less than 1MB", all entries of a request together (256 KB until January 2026).
 _MOST_BYTES = 1024 * 1024 - 1
-_LIMITS: Final = Limits(entries=10, entry_bytes=_MOST_BYTES, batch_bytes=_MOST_BYTES, partial=True)
+_LIMITS: Final = Limits(entries=10, entry_bytes=_MOST_BYTES, batch_bytes=_MOST_BYTES, partial=True, ordered=False)
 _TIME_BYTES = 14  # what the time counts for, however it is written
 _MOST_DETAIL_TYPE = 128  # characters
 _LOOK_UP_EVERY = 60.0  # seconds; the most that a bus deleted behind our back can swallow
 
-# Codes of an entry that are about who we are, not about the entry: the next one would fare no better.
-_FORBIDDEN: Final = ("AccessDenied", "NotAuthorized", "InvalidAccountId")
 
-
-class EventBridgeSink:
-    """One event bus. Raises BridgeError when made without a region or credentials."""
+class EventBridgeSink(JsonSink):
+    """One event bus. See `figbridge.transports.Sink`."""
 
     name = "eventbridge"
-    limits = _LIMITS
+    service = "events"
+    action = "events:PutEvents"
+    operation = "PutEvents"
+    look_up_action = "events:DescribeEventBus"
+    content = frozenset()
 
     def __init__(self, section: EventBridgeSinkSection, *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(section, _LIMITS, resource=f"the event bus {section.bus}")
         self._bus = section.bus
-        # botocore's own check of the parameters takes a third of the CPU of a call; `_flaw` says more, for less
-        self._client = aws.client("events", section, validate=False)
+        self._bus_name = orjson.dumps(section.bus)
+        self._trace = section.trace_header
         self._clock = clock
         self._looked_up: float | None = None
 
@@ -51,81 +52,63 @@ class EventBridgeSink:
 
         https://docs.aws.amazon.com/eventbridge/latest/userguide/eb-putevents.html#eb-putevent-size
         """
-        return _TIME_BYTES + _utf8(event.source) + _utf8(event.detail_type) + len(event.detail)
+        named = _utf8(event.source) + _utf8(event.detail_type) + sum(map(_utf8, event.resources))
+        return _TIME_BYTES + named + event.content_size()
 
-    def check(self) -> None:
-        """Look the bus up (events:DescribeEventBus). Raises SinkRefused, SinkUnavailable.
-
-        That we may put events is shown by the first one only: a policy can depend on source and detail-type, so an
-        entry made up for the purpose would prove nothing.
-        """
-        try:
-            self._client.describe_event_bus(Name=self._bus)
-        except aws.ERRORS as error:
-            raise self._translated(error, "events:DescribeEventBus") from error
+    def look_up(self) -> None:
+        """DescribeEventBus."""
+        self._client.describe_event_bus(Name=self._bus)
         self._looked_up = self._clock()
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
-        """One PutEvents. Returns the entries that were not taken; raises SinkUnavailable, SinkRefused."""
-        rejections = []
-        sent = []
-        entries = []
-        for event in events:
-            if flaw := self._flaw(event):
-                rejections.append(Rejection(event, *flaw, retryable=False))
-                continue
-            try:
-                entries.append(self._entry(event))
-            except UnicodeDecodeError as error:  # a database of encoding SQL_ASCII holds any bytes
-                rejections.append(Rejection(event, "MalformedDetail", str(error), retryable=False))
-                continue
-            sent.append(event)
-        if not entries:
-            return rejections
-        self._look_up_again()
-        try:
-            results = self._client.put_events(Entries=entries).get("Entries", ())
-        except aws.ERRORS as error:
-            if len(sent) == 1 and _too_large(error):
-                # a region whose limit is still the old one: it is about this entry, not about the bus
-                return [*rejections, Rejection(sent[0], "EntryTooLarge", str(error), retryable=False)]
-            raise self._translated(error, "events:PutEvents") from error
-        if len(results) != len(sent):
-            raise SinkUnavailable(
-                f"PutEvents answered {len(results)} results for {len(sent)} entries: which were taken is not known",
-                hint="look at what stands between the bridge and AWS, a proxy perhaps; all of them are sent again",
-            )
-        refused = [_rejection(event, result) for event, result in zip(sent, results, strict=True) if not _taken(result)]
-        self._stop_if_forbidden(refused, len(sent))
-        return [*rejections, *refused]
+        """See `AwsSink.publish`."""
+        if events:
+            self._look_up_again()
+        return super().publish(events)
 
-    def close(self) -> None:
-        """Close the client's connections."""
-        self._client.close()
+    def payloads(self, events: Sequence[Event]) -> Sequence[bytes]:
+        """The envelope is EventBridge's own to make."""
+        return events[0].contents(events) if events else ()
 
-    def _entry(self, event: Event) -> dict[str, Any]:
-        return {
-            "Source": event.source,
-            "DetailType": event.detail_type,
-            "Detail": event.detail.decode(),
-            "Time": event.time.astimezone(UTC),  # botocore drops the offset of any other zone
-            "EventBusName": self._bus,
-        }
-
-    def _flaw(self, event: Event) -> tuple[str, str] | None:
-        """(code, message) of why AWS would not take `event`; the codes are AWS's own but for EntryTooLarge."""
+    def entry(self, event: Event, payload: bytes, index: int) -> bytes:  # noqa: ARG002
+        """See `AwsSink.entry`; the codes are what PutEvents would answer."""
         if (size := self.size(event)) > _MOST_BYTES:
-            return "EntryTooLarge", f"{size} bytes, and EventBridge takes {_MOST_BYTES}"
+            raise Unfit("EntryTooLarge", f"{size} bytes, and EventBridge takes {_MOST_BYTES}")
         if not event.source or not event.detail_type:
-            return "InvalidArgument", "source and detail-type must not be empty"
+            raise Unfit("InvalidArgument", "source and detail-type must not be empty")
         if event.source.startswith("aws."):
-            return "NotAuthorizedForSourceException", f"source {event.source!r}: EventBridge keeps aws. for itself"
-        if len(event.detail_type) > _MOST_DETAIL_TYPE:
-            length = len(event.detail_type)
-            return "InvalidArgument", f"detail-type of {length} characters, EventBridge takes {_MOST_DETAIL_TYPE}"
-        if not event.detail.startswith(b"{"):
-            return "MalformedDetail", "the detail is not a JSON object"
-        return None
+            raise Unfit(
+                "NotAuthorizedForSourceException", f"source {event.source!r}: EventBridge keeps aws. for itself"
+            )
+        if (length := len(event.detail_type)) > _MOST_DETAIL_TYPE:
+            raise Unfit("InvalidArgument", f"detail-type of {length} characters, EventBridge takes {_MOST_DETAIL_TYPE}")
+        if not payload.startswith(b"{"):
+            raise Unfit("MalformedDetail", "the detail is not a JSON object")
+        more = b""
+        if event.resources:
+            more = b',"Resources":%b' % orjson.dumps(event.resources)
+        if self._trace:
+            more += b',"TraceHeader":%b' % orjson.dumps(aws.trace_header(self._trace, event.id, event.time))
+        return b'{"Source":%b,"DetailType":%b,"Detail":%b,"Time":%r,"EventBusName":%b%b}' % (
+            orjson.dumps(event.source),
+            orjson.dumps(event.detail_type),
+            orjson.dumps(payload.decode()),
+            event.time.timestamp(),
+            self._bus_name,
+            more,
+        )
+
+    def send(self, entries: list[bytes]) -> Sequence[Refusal | None]:
+        """PutEvents."""
+        answer = self.request(b'{"Entries":[%b]}' % b",".join(entries))
+        return in_order(answer.get("Entries", ()), "EventId")
+
+    def fault(self, code: str, message: str) -> str | None:
+        """A region whose limit is still the old one answers a ValidationException like any other, but for its text.
+
+        "Total size of the entries in the request is over the limit".
+        """
+        return "EntryTooLarge" if code == "ValidationException" and "size" in message else None
 
     def _look_up_again(self) -> None:
         if self._looked_up is not None and self._clock() - self._looked_up < _LOOK_UP_EVERY:
@@ -144,39 +127,6 @@ class EventBridgeSink:
                     "be lost. Create it again, with its rules, and compare the tables with their consumers"
                 )
             raise
-
-    def _stop_if_forbidden(self, refused: Sequence[Rejection], sent: int) -> None:
-        """Raise when every entry was refused for our rights: dead-lettering all that follows would help nobody."""
-        if len(refused) < sent or not all(it.code.startswith(_FORBIDDEN) for it in refused):
-            return
-        first = refused[0]
-        raise SinkRefused(
-            f"EventBridge refused every entry: {first.code}: {first.message}",
-            hint=aws.remedy(first.code, action="events:PutEvents", resource=f"the event bus {self._bus}"),
-        )
-
-    def _translated(self, error: Exception, action: str) -> SinkError:
-        code, retryable = aws.classify(error)
-        what = f"{action} on {self._bus}: {code}: {error}"
-        if retryable:
-            return SinkUnavailable(what, hint="nothing is lost; the bridge tries again")
-        return SinkRefused(what, hint=aws.remedy(code, action=action, resource=f"the event bus {self._bus}"))
-
-
-def _taken(result: dict[str, Any]) -> bool:
-    return bool(result.get("EventId")) and not result.get("ErrorCode")
-
-
-def _rejection(event: Event, result: dict[str, Any]) -> Rejection:
-    code = result.get("ErrorCode")
-    if not code:  # neither taken nor refused: the one safe reading is "again"
-        return Rejection(event, "NoAnswer", "neither an EventId nor an ErrorCode", retryable=True)
-    return Rejection(event, code, result.get("ErrorMessage") or "", retryable=aws.retryable(code))
-
-
-def _too_large(error: Exception) -> bool:
-    # "Total size of the entries in the request is over the limit": a ValidationException like any other, but for this
-    return aws.classify(error)[0] == "ValidationException" and "size" in str(error)
 
 
 def _utf8(text: str) -> int:

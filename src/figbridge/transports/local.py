@@ -10,6 +10,7 @@ The file grows until `LocalSink.prune`: it keeps events for a subscriber yet to 
 repeated event is known. A subscriber that never returns keeps all that it has not read.
 """
 
+import math
 import sqlite3
 import threading
 import time
@@ -22,9 +23,11 @@ from figbridge.event import Event, Rejection
 from figbridge.transports import Delivery, Limits
 from figbridge.transports.busfile import BusFile
 
-_LIMITS: Final = Limits(entries=5_000, entry_bytes=900_000_000, batch_bytes=8 * 1024 * 1024, partial=False)
+_LIMITS: Final = Limits(
+    entries=5_000, entry_bytes=900_000_000, batch_bytes=8 * 1024 * 1024, partial=False, dedup=math.inf
+)
 _FRAME = 128  # bytes of an envelope that are neither attribute nor detail
-_BATCH = 100  # deliveries of one receive
+_BATCH = 500  # deliveries of one receive
 _STRIDE = 1_000  # passed-over events after which the frontier is written although nothing was delivered
 # SQLite tells nobody in another process that something was committed, and a file watch would miss a WAL that is
 # written in place. `PRAGMA data_version` says in microseconds, without reading a table, whether another connection
@@ -42,7 +45,7 @@ class LocalSink:
         self._bus = BusFile(path, "FULL", passing=SinkUnavailable, refused=SinkRefused)
 
     def size(self, event: Event) -> int:
-        """Bytes of the envelope, to within its escapes: it groups writes, and refuses only what SQLite cannot hold."""
+        """Bytes of the body, to within its escapes: it groups writes, and refuses only what SQLite cannot hold."""
         return len(event.detail) + len(event.id) + len(event.source) + len(event.detail_type) + _FRAME
 
     def check(self) -> None:
@@ -55,7 +58,7 @@ class LocalSink:
 
         Raises SinkUnavailable (none was appended) or SinkRefused.
         """
-        rows = [(event.source, event.id, event.envelope()) for event in events]
+        rows = [(event.source, event.id, event.body()) for event in events]
         if rows:
             with self._bus.transaction() as connection:
                 connection.executemany(
@@ -105,7 +108,7 @@ class LocalSource:
         self._position()
 
     def receive(self, *, wait: float) -> Sequence[Delivery]:
-        """Up to 100 deliveries; empty after `wait` seconds without any. Raises QueueUnavailable, QueueError."""
+        """Up to 500 deliveries; empty after `wait` seconds without any. Raises QueueUnavailable, QueueError."""
         deadline = time.monotonic() + wait
         version: int | None = None
         while not self._closed.is_set():
@@ -132,6 +135,15 @@ class LocalSource:
                     [again_at, self._subscriber, seq],
                 )
         self._held.discard(seq)
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """See `Source.acknowledge`; in one transaction."""
+        numbers = [delivery.seq for delivery in deliveries if isinstance(delivery, _LocalDelivery)]
+        with self._bus.transaction() as connection:
+            connection.executemany(
+                "DELETE FROM delivery WHERE subscriber = ? AND seq = ?", [(self._subscriber, seq) for seq in numbers]
+            )
+        self._held.difference_update(numbers)
 
     def close(self) -> None:
         """Close the file; what is not settled is handed out again after the next start."""
@@ -192,19 +204,20 @@ class LocalSource:
 class _LocalDelivery:
     """See `figbridge.transports.Delivery`."""
 
-    __slots__ = ("_seq", "_source", "attempts", "body")
+    __slots__ = ("_source", "attempts", "body", "seq")
+    lost = False  # nobody else has our place
 
     def __init__(self, source: LocalSource, seq: int, attempts: int, body: bytes) -> None:
         self._source = source
-        self._seq = seq
+        self.seq = seq
         self.attempts = attempts
         self.body = body
 
     def ack(self) -> None:
-        self._source.settle(self._seq, again_at=None)
+        self._source.settle(self.seq, again_at=None)
 
     def nack(self, *, delay: float = 0.0) -> None:
-        self._source.settle(self._seq, again_at=time.time() + delay if delay > 0 else 0.0)
+        self._source.settle(self.seq, again_at=time.time() + delay if delay > 0 else 0.0)
 
 
 def _body(connection: sqlite3.Connection, seq: int) -> bytes:

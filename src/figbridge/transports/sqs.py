@@ -1,16 +1,20 @@
 """Amazon SQS as a source: usually the target of an EventBridge rule.
 
-Invariant: a message leaves the queue only by `ack`. Received and not settled, it becomes visible again when its
-visibility timeout is over, so a crash needs no clean-up.
+Invariant: a message leaves the queue only by `ack`. While we hold it, a heartbeat keeps it invisible, however long the
+database takes (`visibility`); when nobody does any more, it becomes visible by itself, so a crash needs no clean-up.
 
 A receipt that has expired is not an error: the message is (or will be) in somebody's hands again, and the inbox makes
 the repetition harmless. It is logged, because a visibility timeout that is too short makes every message come twice.
+
+FIFO: SQS hands out no later message of a group while we hold one, and `receive` keeps its order. A group does not stop
+for one event that has to wait: that is parked, and holds up later events of its own entity alone (`reverse.park`).
 
 Refuses to order a standard queue: it does not keep order itself. Use a FIFO queue where order counts.
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
 """
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -18,13 +22,14 @@ import structlog
 
 from figbridge.config import SqsSourceSection
 from figbridge.errors import QueueError, QueueUnavailable
-from figbridge.transports import aws
+from figbridge.transports import Delivery, aws
+from figbridge.transports.visibility import LONGEST, Heartbeat, Held
 
 _log = structlog.get_logger()
 
 _BATCH: Final = 10  # most messages of one ReceiveMessage
 _LONGEST_POLL: Final = 20  # seconds
-_LONGEST_INVISIBLE: Final = 43200  # seconds: 12 hours, counted from the receive
+_CERTAIN: Final = 0.9  # of the visibility timeout is left, surely, when an answer has come
 
 # How DeleteMessage and ChangeMessageVisibility say that the receipt is of yesterday. A FIFO queue says
 # InvalidParameterValue: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html
@@ -41,6 +46,7 @@ class SqsSource:
         self._url = section.queue_url
         self._visibility_timeout = section.visibility_timeout
         self._client = aws.client("sqs", section)
+        self._heartbeat = Heartbeat(section.visibility_timeout, self._extend)
 
     def check(self) -> None:
         """See `Source.check`."""
@@ -48,22 +54,40 @@ class SqsSource:
 
     def receive(self, *, wait: float) -> Sequence["SqsDelivery"]:
         """See `Source.receive`; `wait` is rounded up to seconds, and at most 20 of them."""
+        waited = min(_LONGEST_POLL, math.ceil(wait))
         answer = self._call(
             "ReceiveMessage",
             self._client.receive_message,
             MaxNumberOfMessages=_BATCH,
-            WaitTimeSeconds=min(_LONGEST_POLL, math.ceil(wait)),
+            WaitTimeSeconds=waited,
             VisibilityTimeout=self._visibility_timeout,
-            MessageSystemAttributeNames=["ApproximateReceiveCount"],
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "MessageGroupId"],
         )
-        return [SqsDelivery(self, message) for message in answer.get("Messages", [])]
+        # invisible since the answer was made: a little before now
+        now, seconds = time.monotonic(), self._visibility_timeout * _CERTAIN
+        deliveries = [SqsDelivery(self, message, now, seconds) for message in answer.get("Messages", [])]
+        self._heartbeat.hold([it.held for it in deliveries])
+        return deliveries
 
     def delete(self, receipt: str) -> None:
         """Remove a message. Raises QueueUnavailable or QueueError."""
+        self._heartbeat.let_go([receipt])
         self._settle("DeleteMessage", self._client.delete_message, ReceiptHandle=receipt)
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        """See `Source.acknowledge`; ten a request. A receipt that has expired is not an error, as in `delete`."""
+        receipts = [delivery.receipt for delivery in deliveries if isinstance(delivery, SqsDelivery)]
+        self._heartbeat.let_go(receipts)
+        for begin in range(0, len(receipts), _BATCH):
+            part = receipts[begin : begin + _BATCH]
+            entries = [{"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(part)]
+            answer = self._call("DeleteMessageBatch", self._client.delete_message_batch, Entries=entries)
+            for failed in answer.get("Failed", []):
+                self.delete(part[int(failed["Id"])])  # alone, so that its own error says what is wrong
 
     def hide(self, receipt: str, seconds: int) -> None:
         """Make a message visible again in `seconds`. Raises QueueUnavailable or QueueError."""
+        self._heartbeat.let_go([receipt])
         self._settle(
             "ChangeMessageVisibility",
             self._client.change_message_visibility,
@@ -73,7 +97,19 @@ class SqsSource:
 
     def close(self) -> None:
         """Close the connections; what is unsettled becomes visible by itself."""
+        self._heartbeat.close()
         self._client.close()
+
+    def _extend(self, receipts: Sequence[str], seconds: int) -> list[str]:
+        """Keep these invisible for `seconds`, 0 for not at all; the ones whose receipts are void."""
+        entries = [
+            {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
+            for number, receipt in enumerate(receipts)
+        ]
+        answer = self._call(
+            "ChangeMessageVisibilityBatch", self._client.change_message_visibility_batch, Entries=entries
+        )
+        return [receipts[int(failed["Id"])] for failed in answer.get("Failed", []) if failed.get("SenderFault", True)]
 
     def _settle(self, action: str, call: Any, **parameters: Any) -> None:
         try:
@@ -114,19 +150,26 @@ class _ReceiptExpired(Exception):
 class SqsDelivery:
     """A received message. See `figbridge.transports.Delivery`."""
 
-    __slots__ = ("_receipt", "_source", "attempts", "body")
+    __slots__ = ("_source", "attempts", "body", "held", "receipt")
 
-    def __init__(self, source: SqsSource, message: dict[str, Any]) -> None:
+    def __init__(self, source: SqsSource, message: dict[str, Any], received: float, seconds: float) -> None:
         self._source = source
-        self._receipt: str = message["ReceiptHandle"]
+        self.receipt: str = message["ReceiptHandle"]
+        attributes = message.get("Attributes", {})
+        self.held = Held(self.receipt, attributes.get("MessageGroupId"), received, seconds)
         # a lone surrogate cannot be in an SQS message, but an emulator may let it pass: it is for the parser to refuse
         self.body: bytes = message["Body"].encode(errors="surrogatepass")
-        self.attempts = int(message.get("Attributes", {}).get("ApproximateReceiveCount", 1))
+        self.attempts = int(attributes.get("ApproximateReceiveCount", 1))
+
+    @property
+    def lost(self) -> bool:
+        """See `Delivery.lost`."""
+        return self.held.lost
 
     def ack(self) -> None:
         """See `Delivery.ack`."""
-        self._source.delete(self._receipt)
+        self._source.delete(self.receipt)
 
     def nack(self, *, delay: float = 0.0) -> None:
         """See `Delivery.nack`; rounded up to seconds, at most 12 hours."""
-        self._source.hide(self._receipt, min(_LONGEST_INVISIBLE, math.ceil(delay)))
+        self._source.hide(self.receipt, min(LONGEST, math.ceil(delay)))

@@ -40,7 +40,7 @@ class StdoutSink:
             return ()
         output = sys.stdout.buffer
         try:
-            output.write(b"\n".join([event.envelope() for event in events]) + b"\n")
+            output.write(b"\n".join([event.body() for event in events]) + b"\n")
             output.flush()
         except BrokenPipeError as error:
             _discard_output()

@@ -1,0 +1,150 @@
+"""Dead letters in S3: one object each, whose name sorts by the time of the event.
+
+    <prefix>20261125T213000.123456Z-000000016B374880-00000002-<letter's id>.json
+
+Time and position are the event's own, so a letter that is repeated after a crash is written to the same name. Names are
+listed in order, a page at a time, and each letter is read when its turn comes.
+
+Rights: s3:PutObject, s3:GetObject and s3:ListBucket; to redrive and to discard s3:DeleteObject, too.
+https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
+"""
+
+from collections.abc import Generator, Iterator, Sequence
+from datetime import UTC
+from typing import Any, Final
+
+from figbridge.config import S3DeadLetters
+from figbridge.deadletter import DeadLetter, Kept, Unreadable, Wanted, dump, parse
+from figbridge.errors import BridgeError, SinkError, SinkRefused, SinkUnavailable
+from figbridge.transports import aws
+
+_DELETED_AT_ONCE: Final = 1000  # https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
+_PAGE: Final = 1000  # names listed at once; no more are possible
+_ID: Final = 64  # hexadecimal digits
+_SUFFIX: Final = ".json"
+_GONE: Final = ("NoSuchKey", "404")
+
+
+class S3DeadLetterStore:
+    """A bucket and a prefix. Raises BridgeError when made without a region or credentials."""
+
+    def __init__(self, section: S3DeadLetters) -> None:
+        self._bucket, self._prefix = section.bucket, section.prefix
+        self._client = aws.client("s3", section)
+        self.name = f"s3://{section.bucket}/{section.prefix}"
+
+    def add(self, letters: Sequence[DeadLetter]) -> None:
+        """See `DeadLetters.add`. Raises SinkUnavailable, SinkRefused."""
+        for letter in letters:
+            self._call(
+                "PutObject", self._client.put_object, Key=self._key(letter), Body=dump(letter), ContentType=_JSON
+            )
+
+    def check(self) -> None:
+        """The bucket is there and may be written to, without writing. Raises SinkRefused, SinkUnavailable.
+
+        A PutObject on condition of a version that no object has: rights are looked at before conditions.
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
+        """
+        self._call("ListBucket", self._client.list_objects_v2, Prefix=self._prefix, MaxKeys=1)
+        try:
+            self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}check", Body=b"", IfMatch='"0"')
+        except aws.ERRORS as error:
+            if aws.classify(error)[0] not in {*_GONE, "PreconditionFailed"}:
+                raise self._translated(error, "PutObject") from error
+
+    def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:
+        """See `DeadLetterStore.scan`: by the time of the event, each once. Ids of letters are found by their names."""
+        if wanted.ids and (named := [key for key in self._keys(wanted) if _id(key).startswith(wanted.ids)]):
+            yield from self._read(named, wanted)
+        else:
+            yield from self._read(self._keys(wanted), wanted)
+
+    def remove(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.remove`. Raises SinkUnavailable, SinkRefused."""
+        for begin in range(0, len(kept), _DELETED_AT_ONCE):
+            objects = [{"Key": it.place} for it in kept[begin : begin + _DELETED_AT_ONCE]]
+            answer = self._call("DeleteObject", self._client.delete_objects, Delete={"Objects": objects, "Quiet": True})
+            for failed in answer.get("Errors", ()):
+                code = failed.get("Code", "Unknown")
+                if not aws.retryable(code):
+                    raise SinkRefused(
+                        f"s3:DeleteObject on {self.name}: {code}: {failed.get('Message', '')}",
+                        hint=aws.remedy(code, action="s3:DeleteObject", resource=self.name),
+                    )
+                raise SinkUnavailable(f"s3:DeleteObject on {self.name}: {code}", hint=_AGAIN)
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        self._client.close()
+
+    def _key(self, letter: DeadLetter) -> str:
+        time = letter.occurred_at.astimezone(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+        return f"{self._prefix}{time}-{_place(letter)}{letter.id}{_SUFFIX}"
+
+    def _keys(self, wanted: Wanted) -> Iterator[str]:
+        more: dict[str, Any] = {"MaxKeys": _PAGE}
+        while True:
+            page = self._call("ListBucket", self._client.list_objects_v2, Prefix=self._prefix, **more)
+            for it in page.get("Contents", ()):
+                if it["Key"].endswith(_SUFFIX) and (wanted.since is None or it["LastModified"] >= _floor(wanted)):
+                    yield it["Key"]
+            if not page.get("IsTruncated"):
+                return
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+    def _read(self, keys: Iterator[str] | list[str], wanted: Wanted) -> Iterator[Kept]:
+        for key in keys:
+            try:
+                text = self._call("GetObject", self._client.get_object, Key=key)["Body"].read()
+                letter = parse(text)
+            except _Gone:  # somebody removed it meanwhile
+                continue
+            except aws.ERRORS as error:  # while its body was read
+                raise self._translated(error, "GetObject") from error
+            except Unreadable as error:
+                raise BridgeError(
+                    f"s3://{self._bucket}/{key}: {error}", hint="give the dead letters a prefix of their own"
+                ) from error
+            if letter in wanted:
+                yield Kept(letter, key)
+
+    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
+        try:
+            return call(Bucket=self._bucket, **parameters)
+        except aws.ERRORS as error:
+            if action == "GetObject" and aws.classify(error)[0] in _GONE:
+                raise _Gone from error
+            raise self._translated(error, action) from error
+
+    def _translated(self, error: Exception, action: str) -> SinkError:
+        code, retryable = aws.classify(error)
+        what = f"s3:{action} on {self.name}: {code}: {error}"
+        if retryable:
+            return SinkUnavailable(what, hint=_AGAIN)
+        return SinkRefused(what, hint=aws.remedy(code, action=f"s3:{action}", resource=f"the bucket {self._bucket}"))
+
+
+_JSON: Final = "application/json"
+_AGAIN: Final = "nothing is lost; the bridge tries again"
+
+
+class _Gone(Exception):
+    """An object that was listed and is not there any more."""
+
+
+def _id(key: str) -> str:
+    return key.removesuffix(_SUFFIX)[-_ID:]
+
+
+def _floor(wanted: Wanted) -> Any:
+    # S3 counts whole seconds, and a letter is written after it was made
+    return wanted.since.replace(microsecond=0) if wanted.since else None
+
+
+def _place(letter: DeadLetter) -> str:
+    match letter.position:
+        case {"commit_lsn": str(lsn), "ordinal": int(ordinal)}:
+            high, _, low = lsn.partition("/")
+            return f"{int(high, 16):08X}{int(low, 16):08X}-{ordinal:08X}-"
+    return ""
