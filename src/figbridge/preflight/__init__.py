@@ -2,9 +2,12 @@
 
     inspect ─▶ server   version, settings, and a replication connection opened for real
             ─▶ tables   what is to be published, and whether the application can still UPDATE it then
+            ─▶ leaving  which columns of which tables leave, and as what
             ─▶ stream   publications, slot, and what guards it
             ─▶ failover whether a standby would have the slot
             ─▶ reverse  our schema; each mapping held against the catalogue
+            ─▶ loops    may the reverse path mark its transactions?
+            ─▶ split    of a file with one direction: is the other at work here by another file?
             ─▶ ends     the sink and the queue, asked themselves                        (stage run only)
 
 INVARIANT. It reads. Nothing is created, locked or changed, so it may run beside a working bridge and as often as one
@@ -16,16 +19,29 @@ What it does not do: repair (that is `figbridge.provision`, and a human), or wai
 no finding but LegacyUnavailable, because the caller knows whether trying again makes sense.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from figbridge import legacy, transports
-from figbridge.config import Config, Direction, split_table
-from figbridge.errors import BridgeError, Problem, QueueUnavailable, SetupError, SinkUnavailable
-from figbridge.preflight import failover, reverse, server, stream, tables
-from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
+import psycopg
 
-__all__ = ["Finding", "Level", "Stage", "inspect", "require"]
+from figbridge import legacy, transports
+from figbridge.config import Config, DeadLettersSection, Direction, RelaySection, split_table
+from figbridge.contracts import Contracts
+from figbridge.errors import (
+    BridgeError,
+    ConfigError,
+    LegacyUnavailable,
+    Problem,
+    QueueUnavailable,
+    SetupError,
+    SinkUnavailable,
+)
+from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, stream, tables
+from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
+from figbridge.preflight.leaving import LEAVING
+
+__all__ = ["LEAVING", "Finding", "Level", "Stage", "inspect", "require"]
 
 
 def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
@@ -35,6 +51,8 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
     Stage ``init`` asks whether `figbridge init` may begin and would do no harm; ``run`` asks whether all is there.
     Raises LegacyUnavailable when the database does not answer.
     """
+    if only == "relay" or config.database is None:  # no database is asked
+        return [] if stage == "init" else [*_ends(config, only)]
     dsn = config.legacy.dsn.get_secret_value()
     names = [split_table(name) for name in config.legacy.tables]
     with legacy.translated(), legacy.connect(dsn, purpose="check", autocommit=True) as connection:
@@ -44,29 +62,87 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
         if config.forward:
             findings += server.probe_replication(connection, dsn, config.legacy.slot)
             findings += tables.probe(connection, names)
-            findings += stream.probe(connection, config.legacy, names, config.reverse is not None, stage)
+            findings += leaving.probe(connection, config.forward, names)
+            findings += stream.probe(connection, config, names, stage)
             findings += failover.probe(connection, config.legacy)
             findings += stream.probe_guard(config)
-        findings += reverse.probe(connection, config, names, stage)
+        findings += _writing(connection, config, names, stage)
+        if stage == "run":
+            findings += split.probe(connection, config)
     return findings if stage == "init" else [*findings, *_ends(config, only)]
 
 
+def _writing(
+    connection: psycopg.Connection, config: Config, names: Sequence[catalogue.Name], stage: Stage
+) -> list[Finding]:
+    """Of the reverse path, over a connection such as it will use."""
+    if config.legacy.reverse_dsn is None or config.reverse is None:
+        findings = [*reverse.probe(connection, config, names, stage)]
+        return [*findings, *loops.probe(connection, config, stage)] if config.reverse else findings
+    with legacy.connect(config.legacy.write_dsn, purpose="check", autocommit=True) as own:
+        own.execute("SET client_encoding TO 'UTF8'")
+        return [*reverse.probe(own, config, names, stage), *loops.probe(own, config, stage)]
+
+
 def require(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
-    """The findings, when none of them is an error. Raises SetupError with every error otherwise."""
+    """The findings, when none of them stands in the way. Raises SetupError with every error otherwise.
+
+    A mapping that does not fit its table stands in nobody's way but its own: `figbridge.reverse.drift`.
+    """
     findings = inspect(config, stage, only)
-    if problems := [Problem(it.where, it.what, it.remedy) for it in findings if it.level == "error"]:
-        database = legacy.describe(config.legacy.dsn.get_secret_value())
-        raise SetupError(f"the bridge cannot {'be set up' if stage == 'init' else 'run'} ({database})", problems)
+    if problems := [Problem(it.where, it.what, it.remedy) for it in findings if it.level == "error" and _fatal(it)]:
+        database = f" ({legacy.describe(config.database.dsn.get_secret_value())})" if config.database else ""
+        raise SetupError(f"the bridge cannot {'be set up' if stage == 'init' else 'run'}{database}", problems)
     return findings
 
 
+def _fatal(finding: Finding) -> bool:
+    return not finding.where.startswith("reverse.mappings.") or finding.where.endswith(".match.source")
+
+
 def _ends(config: Config, only: Direction | None) -> Iterator[Finding]:
-    if config.forward and only != "reverse":
+    if config.forward and only in {None, "forward"}:
         sink = config.forward.sink
         yield _end("forward.sink", sink.type, lambda: transports.open_sink(sink))
-    if config.reverse and only != "forward":
+        if standard := config.forward.contracts:
+            yield _contracts("forward.contracts.path", standard.path)
+            if aside := standard.quarantine:
+                yield _end("forward.contracts.quarantine", aside.type, lambda: transports.open_sink(aside))
+        if claims := config.forward.claim_check:
+            yield _end("forward.claim-check", "s3", lambda: transports.open_deposit(claims))
+        if letters := config.forward.dead_letters:
+            yield from _store("forward.dead-letters", letters, "")
+    if config.reverse and only in {None, "reverse"}:
         source = config.reverse.source
         yield _end("reverse.source", source.type, lambda: transports.open_source(source))
+    if config.relay and only in {None, "relay"}:
+        yield from _relay_ends(config.relay, config.dsn_for(config.relay.dead_letters))
+
+
+def _store(where: str, section: DeadLettersSection, dsn: str) -> Iterator[Finding]:
+    """Without `dsn` the table is left out: it is among our own tables."""
+    if section.type != "table" or dsn:
+        yield _end(where, section.type, lambda: transports.open_dead_letters(section, dsn))
+
+
+def _relay_ends(relay: RelaySection, dsn: str) -> Iterator[Finding]:
+    yield _contracts("relay.contracts", relay.contracts)
+    if queue := relay.source:
+        yield _end("relay.source", queue.type, lambda: transports.open_source(queue))
+    yield _end("relay.sink", relay.sink.type, lambda: transports.open_sink(relay.sink))
+    if quarantine := relay.quarantine:
+        yield _end("relay.quarantine", quarantine.type, lambda: transports.open_sink(quarantine))
+    if letters := relay.dead_letters:
+        yield from _store("relay.dead-letters", letters, dsn)
+
+
+def _contracts(where: str, directory: Path) -> Finding:
+    try:
+        contracts = Contracts.load(directory, where)
+    except ConfigError as failure:
+        told = "; ".join(f"{it.where}: {it.what}" if it.where != where else it.what for it in failure.problems)
+        return error(where, told, failure.problems[0].remedy)
+    return ok(where, f"{len(contracts)} of them, all of them JSON Schemas")
 
 
 def _end(where: str, kind: str, opened: Callable[[], Any]) -> Finding:
@@ -77,7 +153,7 @@ def _end(where: str, kind: str, opened: Callable[[], Any]) -> Finding:
             end.check()
         finally:
             end.close()
-    except (SinkUnavailable, QueueUnavailable) as failure:
+    except (SinkUnavailable, QueueUnavailable, LegacyUnavailable) as failure:
         return warning(where, f"did not answer now: {failure}", failure.hint or "the bridge tries again until it does")
     except BridgeError as failure:
         return error(where, str(failure), failure.hint)

@@ -44,6 +44,7 @@ class Table:
     readable       the role may SELECT
     generated      generated columns, which no publication of ours carries
     identity_generated   the replica identity contains one of them
+    identity_columns   those of the index that is the replica identity; none where the identity is full or nothing
     """
 
     oid: int
@@ -58,6 +59,7 @@ class Table:
     readable: bool
     generated: list[str]
     identity_generated: bool
+    identity_columns: list[str]
 
     def __str__(self) -> str:
         return spell(self.schema, self.name)
@@ -79,7 +81,9 @@ _TABLES: Final = """
            has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
            generated.names AS generated,
            CASE WHEN c.relreplident = 'f' THEN cardinality(generated.names) > 0
-                ELSE coalesce(generated.numbers && identity.columns, false) END AS identity_generated
+                ELSE coalesce(generated.numbers && identity.columns, false) END AS identity_generated,
+           ARRAY(SELECT a.attname::text FROM pg_attribute a
+                 WHERE a.attrelid = c.oid AND a.attnum = ANY (identity.columns) ORDER BY 1) AS identity_columns
     FROM pg_class c
     JOIN pg_namespace n ON n.oid = c.relnamespace
     LEFT JOIN LATERAL (
@@ -269,3 +273,28 @@ def slot(connection: psycopg.Connection, name: str) -> Slot | None:
         failover=failover,
         synced=synced,
     )
+
+
+def sender_timeout(connection: psycopg.Connection) -> tuple[float, bool]:
+    """This session's wal_sender_timeout in seconds, 0 when it is off, and whether somebody chose it for us.
+
+    That is: for the role, for the database, or in the DSN; not for the whole server. On a replication connection too.
+    https://www.postgresql.org/docs/current/view-pg-settings.html
+    """
+    row = connection.execute(
+        "SELECT setting::int, source NOT IN ('default', 'configuration file', 'command line', 'environment variable', "
+        "'global') FROM pg_settings WHERE name = 'wal_sender_timeout'"
+    ).fetchone()
+    return (row[0] / 1000, row[1]) if row else (0.0, False)
+
+
+def holder(connection: psycopg.Connection, slot: str) -> tuple[int, str] | None:
+    """(pid, who it is, as far as our role may see) of the process that reads the slot; None while nobody does."""
+    row = connection.execute(
+        "SELECT s.active_pid, concat_ws(', ', 'pid ' || s.active_pid, nullif(a.application_name, ''), "
+        "'from ' || host(a.client_addr), 'since ' || a.backend_start::timestamptz(0)) "
+        "FROM pg_replication_slots s LEFT JOIN pg_stat_activity a ON a.pid = s.active_pid "
+        "WHERE s.slot_name = %s AND s.active_pid IS NOT NULL",
+        [slot],
+    ).fetchone()
+    return (row[0], row[1]) if row else None

@@ -7,51 +7,17 @@ unique, a right that is missing.
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import psycopg
 from psycopg.rows import class_row
 
 from figbridge import canary, legacy
-from figbridge.config import Config, MappingSection, split_table
-from figbridge.preflight import catalogue
+from figbridge.config import Config, MappingSection, StatementSection, split_table
+from figbridge.preflight import catalogue, conflict, dryrun
 from figbridge.preflight.catalogue import Name, Table, quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
+from figbridge.preflight.own import OWN, own_tables
 from figbridge.preflight.tables import KINDS, missing
-
-
-@dataclass(frozen=True, slots=True)
-class OwnTable:
-    """What the bridge needs of one of its own tables."""
-
-    columns: frozenset[str]
-    key: frozenset[str]
-    rights: tuple[str, ...]
-
-
-# schema.sql, as far as the code stands on it. A table somebody else put there under our name is not ours.
-OWN: Final[Mapping[str, OwnTable]] = {
-    "inbox": OwnTable(
-        frozenset({"source", "idempotency_key", "payload_hash", "event_id", "applied_at"}),
-        frozenset({"source", "idempotency_key"}),  # without it nothing is applied exactly once
-        ("SELECT", "INSERT", "DELETE"),
-    ),
-    "canary": OwnTable(
-        frozenset({"nonce", "slot", "written_at", "seen_at"}),
-        frozenset({"nonce"}),
-        ("SELECT", "INSERT", "UPDATE", "DELETE"),
-    ),
-    "dead_letter": OwnTable(
-        frozenset({"id", "direction", "event_id", "reason", "message", "attempts", "body", "created_at"}),
-        frozenset({"id"}),
-        ("SELECT", "INSERT", "DELETE"),
-    ),
-    "slot_guard": OwnTable(
-        frozenset({"slot", "system_identifier", "timeline", "holder", "acknowledged", "bound", "updated_at"}),
-        frozenset({"slot"}),
-        ("SELECT", "INSERT", "UPDATE", "DELETE"),
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,24 +36,23 @@ class Column:
     sequence: str | None
 
 
-def own_tables(config: Config) -> tuple[str, ...]:
-    """Which of our tables the configuration needs; none for a forward path that stops at an event nobody takes."""
-    letters = config.forward.dead_letters if config.forward else None
-    needed = {
-        "inbox": config.reverse is not None,
-        "canary": config.reverse is not None,
-        "dead_letter": config.reverse is not None or (letters is not None and letters.type == "table"),
-        "slot_guard": config.guards_slot,
-    }
-    return tuple(name for name in OWN if needed[name])
-
-
-def rights(mapping: MappingSection) -> dict[str, set[str]]:
-    """The rights that a mapping's statement takes, each with the columns it is about (none: the whole table).
+def rights(mapping: StatementSection) -> dict[str, set[str]]:
+    """The rights that a statement takes, each with the columns it is about (none: the whole table).
 
     WHERE and ON CONFLICT read the key, and EXCLUDED counts as reading the column of the same name:
     https://www.postgresql.org/docs/current/sql-insert.html
     """
+    asked = _written(mapping)
+    if mapping.rules is None or not asked:
+        return asked
+    # SELECT … FOR UPDATE takes the right to update, whatever is done to the row later:
+    # https://www.postgresql.org/docs/current/sql-select.html#SQL-FOR-UPDATE-SHARE
+    compared = conflict.compared(mapping)
+    asked |= {"SELECT": compared | asked.get("SELECT", set()), "UPDATE": asked.get("UPDATE") or compared}
+    return asked | ({"INSERT": {*mapping.key, *mapping.set}} if conflict.may_insert(mapping) else {})
+
+
+def _written(mapping: StatementSection) -> dict[str, set[str]]:
     key, values = set(mapping.key), set(mapping.set)
     match mapping.action:
         case "insert":
@@ -97,7 +62,8 @@ def rights(mapping: MappingSection) -> dict[str, set[str]]:
         case "upsert":
             return {"SELECT": key | values, "INSERT": key | values} | ({"UPDATE": values} if values else {})
         case "delete":
-            return {"SELECT": key, "DELETE": set()}
+            return {"SELECT": key} | ({"UPDATE": set(mapping.soft)} if mapping.soft else {"DELETE": set()})
+    return {}  # SQL of the user's own: nobody knows
 
 
 def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name], stage: Stage) -> Iterator[Finding]:
@@ -105,18 +71,25 @@ def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name],
     yield from _schema(connection, own_tables(config), stage)
     if not config.reverse or stage == "init":
         return
+    if config.reverse.mode == "dry-run":
+        yield from dryrun.probe(connection, config.reverse.mappings)
     forward = _forward_sources(config, connection.info.dbname, names)
-    found = catalogue.tables(connection, [split_table(mapping.into) for mapping in config.reverse.mappings])
     for index, mapping in enumerate(config.reverse.mappings):
-        place = f"reverse.mappings.{index}"
-        table = found.get(split_table(mapping.into))
-        findings = [*_sources(place, mapping, forward)]
-        findings += _mapping(connection, place, mapping, table) if table else ()
-        if table is None:
-            findings.append(missing(connection, split_table(mapping.into), place))
-        yield from findings
-        if not findings:
-            yield ok(place, f"{mapping.action} {table} fits the table")
+        yield from _sources(f"reverse.mappings.{index}", mapping, forward)
+        yield from inspect(connection, index, mapping)
+
+
+def inspect(connection: psycopg.Connection, index: int, mapping: MappingSection) -> Iterator[Finding]:
+    """A mapping, each of its statements, held against the catalogue."""
+    for number, part in enumerate(mapping.parts):
+        place = f"reverse.mappings.{index}" + (f".statements.{number}" if mapping.statements else "")
+        if part.into is None:
+            yield ok(place, f"{'SQL of your own' if part.sql else 'a call'}: not looked into")
+            continue
+        name = split_table(part.into)
+        table = catalogue.tables(connection, [name]).get(name)
+        findings = [*_mapping(connection, place, part, table)] if table else [missing(connection, name, place)]
+        yield from findings or [ok(place, f"{part.action} {table} fits the table")]
 
 
 def _schema(connection: psycopg.Connection, needed: Sequence[str], stage: Stage) -> Iterator[Finding]:
@@ -128,7 +101,7 @@ def _schema(connection: psycopg.Connection, needed: Sequence[str], stage: Stage)
     elif absent:
         yield from _may_create(connection, place)
     for table in found.values():
-        yield from _own(connection, place, table)
+        yield from _own(connection, place, table, stage)
         lacking = [right for right in OWN[table.name].rights if not _may(connection, table, right)]
         if lacking and stage == "run":
             yield error(
@@ -156,10 +129,14 @@ def _may_create(connection: psycopg.Connection, place: str) -> Iterator[Finding]
         )
 
 
-def _own(connection: psycopg.Connection, place: str, table: Table) -> Iterator[Finding]:
+def _own(connection: psycopg.Connection, place: str, table: Table, stage: Stage) -> Iterator[Finding]:
     expected = OWN[table.name]
     columns = {column.name for column in _columns(connection, table)}
-    if lacking := sorted(expected.columns - columns):
+    lacking = sorted(expected.columns - columns)
+    if lacking and expected.added.issuperset(lacking):
+        if stage == "run":
+            yield error(place, f"{table} has no column {', '.join(lacking)} yet", "run `figbridge init`")
+    elif lacking:
         yield error(
             place,
             f"{table} has no column {', '.join(lacking)}: it is not figbridge's, or of another version of it",
@@ -203,7 +180,7 @@ def _sources(place: str, mapping: MappingSection, forward: set[str]) -> Iterator
             )
 
 
-def _mapping(connection: psycopg.Connection, place: str, mapping: MappingSection, table: Table) -> Iterator[Finding]:
+def _mapping(connection: psycopg.Connection, place: str, mapping: StatementSection, table: Table) -> Iterator[Finding]:
     if table.kind not in {"r", "p", "v"}:
         yield error(f"{place}.into", f"{table} is a {KINDS.get(table.kind, 'relation')}", "name a table or a view")
         return
@@ -213,10 +190,13 @@ def _mapping(connection: psycopg.Connection, place: str, mapping: MappingSection
     yield from _rights(connection, place, mapping, table, columns)
     if mapping.key.keys() <= columns.keys():
         yield from _key(connection, place, mapping, table)
+    if mapping.rules:
+        unique = _unique_keys(connection, table)
+        yield from conflict.probe(connection, place, mapping, table, columns=columns.keys(), unique=unique)
 
 
-def _names(place: str, mapping: MappingSection, table: Table, columns: Mapping[str, Column]) -> Iterator[Finding]:
-    for part, names in (("key", mapping.key), ("set", mapping.set)):
+def _names(place: str, mapping: StatementSection, table: Table, columns: Mapping[str, Column]) -> Iterator[Finding]:
+    for part, names in (("key", mapping.key), ("set", mapping.set), ("soft", mapping.soft)):
         for name in names:
             if name not in columns:
                 near = difflib.get_close_matches(name, columns, n=1)
@@ -227,15 +207,15 @@ def _names(place: str, mapping: MappingSection, table: Table, columns: Mapping[s
                 )
 
 
-def _values(place: str, mapping: MappingSection, table: Table, columns: Mapping[str, Column]) -> Iterator[Finding]:
+def _values(place: str, mapping: StatementSection, table: Table, columns: Mapping[str, Column]) -> Iterator[Finding]:
     inserts = mapping.action in {"insert", "upsert"}
-    written = {**mapping.set, **(mapping.key if mapping.action == "upsert" else {})}
+    written = {**mapping.set, **mapping.soft, **(mapping.key if mapping.action == "upsert" else {})}
     for name in written:
-        part = "set" if name in mapping.set else "key"
+        part = "set" if name in mapping.set else "soft" if name in mapping.soft else "key"
         if name not in columns:
             continue
         # an insert says OVERRIDING SYSTEM VALUE, which helps an identity column and no other; an UPDATE cannot
-        identity = columns[name].identity_always and mapping.action != "insert" and part == "set"
+        identity = columns[name].identity_always and mapping.action != "insert" and part != "key"
         if columns[name].generated or identity:
             yield error(
                 f"{place}.{part}.{name}",
@@ -252,7 +232,7 @@ def _values(place: str, mapping: MappingSection, table: Table, columns: Mapping[
 
 
 def _rights(
-    connection: psycopg.Connection, place: str, mapping: MappingSection, table: Table, columns: Mapping[str, Column]
+    connection: psycopg.Connection, place: str, mapping: StatementSection, table: Table, columns: Mapping[str, Column]
 ) -> Iterator[Finding]:
     role = connection.info.user
     asked = rights(mapping)
@@ -279,7 +259,7 @@ def _rights(
                 )
 
 
-def _key(connection: psycopg.Connection, place: str, mapping: MappingSection, table: Table) -> Iterator[Finding]:
+def _key(connection: psycopg.Connection, place: str, mapping: StatementSection, table: Table) -> Iterator[Finding]:
     if table.kind == "v" or not mapping.key:
         return  # a view has no index to look at
     keys, unique = frozenset(mapping.key), _unique_keys(connection, table)
@@ -337,3 +317,12 @@ def _unique_keys(connection: psycopg.Connection, table: Table) -> list[frozenset
         [table.oid],
     ).fetchall()
     return [frozenset(columns) for (columns,) in rows]
+
+
+def outdated(connection: psycopg.Connection, config: Config) -> bool:
+    """Whether one of our tables lacks a column that this version writes."""
+    found = catalogue.tables(connection, [(legacy.SCHEMA, name) for name in own_tables(config)])
+    return any(
+        not OWN[table.name].columns <= {column.name for column in _columns(connection, table)}
+        for table in found.values()
+    )

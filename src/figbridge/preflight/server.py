@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from typing import Final
 
 import psycopg
-from psycopg import conninfo
 
-from figbridge.preflight.catalogue import quote, spell
+from figbridge import legacy
+from figbridge.preflight.catalogue import quote, sender_timeout, spell
 from figbridge.preflight.finding import Finding, error, ok, warning
 
 _OLDEST: Final = 140000  # 13 is out of support since 2025-11; probed on 15, 16 and 18
+_TAKEN_OVER: Final = 10.0  # seconds that a stand-by replica may wait for a machine that vanished
 _LONG_TRANSACTION: Final = 300.0  # seconds after which a transaction is worth a word
 
 _RESTART: Final = "restart the server (on Amazon RDS and Aurora: set it in the parameter group, then reboot)"
@@ -53,7 +54,7 @@ def _primary(connection: psycopg.Connection) -> Finding:
         return error(
             "server",
             "this is a standby: it takes no publication and no row of ours",
-            "name the primary in legacy.dsn; with several hosts add target_session_attrs=read-write",
+            "name the primary in legacy.dsn; with several hosts add target_session_attrs=primary",
         )
     return ok("server", "is the primary")
 
@@ -120,14 +121,15 @@ def _replication(connection: psycopg.Connection, dsn: str) -> Finding:
     """
     role = connection.info.user
     try:
-        with psycopg.connect(
+        with legacy.Connection.connect(
             dsn,
             replication="database",
             autocommit=True,  # a walsender knows BEGIN, but there is nothing to undo
             application_name="figbridge-check",
-            connect_timeout=conninfo.conninfo_to_dict(dsn).get("connect_timeout") or 10,
             prepare_threshold=None,
+            **legacy.socket_settings(dsn),  # type: ignore[arg-type]  # libpq's own parameters
         ) as walsender:
+            walsender.patience = legacy.PATIENCE
             row = walsender.execute("IDENTIFY_SYSTEM").fetchone()
     except psycopg.Error as refusal:
         row, reason = None, str(refusal).strip()
@@ -164,8 +166,9 @@ def _retention(connection: psycopg.Connection) -> Iterator[Finding]:
         yield warning(
             "server",
             "max_slot_wal_keep_size is -1: while the bridge stands still, its slot keeps WAL until the disk is full",
-            "watch figbridge_forward_lag_bytes, or trade the risk: ALTER SYSTEM SET max_slot_wal_keep_size = '100GB'; "
-            "SELECT pg_reload_conf(); (beyond the cap the slot is lost, and with it changes)",
+            "watch figbridge_forward_slot_retained_bytes, or trade the risk: ALTER SYSTEM SET "
+            "max_slot_wal_keep_size = '100GB'; SELECT pg_reload_conf(); (beyond the cap the slot is lost, and with it "
+            "changes)",
         )
     else:
         yield ok("server", f"a slot keeps at most {cap} of WAL (max_slot_wal_keep_size); beyond that it is lost")
@@ -179,14 +182,19 @@ def _retention(connection: psycopg.Connection) -> Iterator[Finding]:
 
 
 def _sender_timeout(connection: psycopg.Connection) -> Finding:
-    timeout = setting(connection, "wal_sender_timeout")
-    if timeout == "0":
+    """Only a choice made for us is worth a word: otherwise the bridge's session sets its own."""
+    seconds, chosen = sender_timeout(connection)
+    if chosen and not 0 < seconds <= _TAKEN_OVER:
+        after = f"for {seconds:g} s" if seconds else "until TCP gives up"
         return warning(
             "server",
-            "wal_sender_timeout is 0: when the bridge's machine vanishes, the slot stays taken until TCP gives up",
-            "ALTER SYSTEM SET wal_sender_timeout = '60s'; SELECT pg_reload_conf();",
+            f"wal_sender_timeout is {setting(connection, 'wal_sender_timeout')} for this role, database or DSN: when "
+            f"the bridge's machine vanishes, the slot stays taken {after}",
+            "take it out of the DSN's options, and ALTER ROLE … RESET wal_sender_timeout; ALTER DATABASE … RESET "
+            "wal_sender_timeout; the bridge then sets 5 s for its own session",
         )
-    return ok("server", f"wal_sender_timeout is {timeout}")
+    ours = "" if chosen else "; in the bridge's session at most 5s"
+    return ok("server", f"wal_sender_timeout is {setting(connection, 'wal_sender_timeout')}{ours}")
 
 
 def _long_transactions(connection: psycopg.Connection) -> Iterator[Finding]:

@@ -16,13 +16,17 @@ from figbridge.preflight.catalogue import Name, Publication, Slot, Table, quote,
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
 
 PUBLISHED: Final = ("insert", "update", "delete", "truncate")
+# pg_replication_slots.invalidation_reason → how it does not happen again. Before 17, which has none, one cause is left
+_PREVENTION: Final = {
+    "wal_removed": "; raise max_slot_wal_keep_size, so that it does not happen again",
+    "idle_timeout": "; raise idle_replication_slot_timeout, so that it does not happen again",
+}
 MARKS: Final = ("insert",)  # of the inbox: a purge of old keys must not make events
 
 
-def probe(
-    connection: psycopg.Connection, section: LegacySection, names: Sequence[Name], with_inbox: bool, stage: Stage
-) -> Iterator[Finding]:
+def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name], stage: Stage) -> Iterator[Finding]:
     """Both publications and the slot."""
+    section, with_inbox = config.legacy, config.publishes_inbox
     tables = catalogue.tables(connection, names)
     publication = catalogue.publication(connection, section.publication)
     slot = catalogue.slot(connection, section.slot)
@@ -35,6 +39,9 @@ def probe(
     if stage == "init":
         wanted = {section.publication: publication} | ({section.inbox_publication: inbox} if with_inbox else {})
         yield from _may_publish(connection, wanted, tables)
+    if stage == "run" and config.recreates_slot and (slot is None or is_lost(slot)):
+        yield _made_anew(section, slot)
+        return
     yield from _slot(section, slot, stage)
     if slot and slot.here:
         yield from _order(section, slot, publication, inbox, stage)
@@ -63,7 +70,7 @@ def _publication(
     if found is None:
         yield ok(place, "will be made") if stage == "init" else error(place, "does not exist", "run `figbridge init`")
         return
-    findings = [*_too_wide(place, name, found), *_too_narrow(place, name, found, operations)]
+    findings = [*_too_wide(place, name, found), *narrow(name, found, operations)]
     missing = [table for table in names if table not in found.tables]
     if missing and stage == "run" and not found.all_tables:
         listed = ", ".join(spell(*table) for table in missing)
@@ -100,7 +107,9 @@ def _too_wide(place: str, name: str, found: Publication) -> Iterator[Finding]:
         )
 
 
-def _too_narrow(place: str, name: str, found: Publication, operations: Sequence[str]) -> Iterator[Finding]:
+def narrow(name: str, found: Publication, operations: Sequence[str]) -> Iterator[Finding]:
+    """What the publication leaves out of its tables' changes."""
+    place = f"publication {spell(name)}"
     if found.operations != set(operations):
         words = ", ".join(operations)
         yield error(
@@ -173,6 +182,20 @@ def _slot(section: LegacySection, slot: Slot | None, stage: Stage) -> Iterator[F
         yield ok(place, f"logical, pgoutput{kept}")
 
 
+def _made_anew(section: LegacySection, slot: Slot | None) -> Finding:
+    found = "does not exist" if slot is None else f"is lost ({slot.invalidation or 'its WAL was removed'})"
+    return warning(
+        f"slot {section.slot}",
+        f"{found}: the bridge will make it anew and read every table again (forward.on-slot-loss)",
+        "if that is not wanted, set forward.on-slot-loss to halt before the bridge starts",
+    )
+
+
+def is_lost(slot: Slot) -> bool:
+    """Whether it is ours, and of no more use."""
+    return not any(_foreign("", slot)) and (slot.wal_status == "lost" or slot.invalidation is not None)
+
+
 def unreadable(slot: Slot) -> list[Finding]:
     """Why the slot is not one to read from, or soon will not be; empty when it is."""
     place = f"slot {slot.name}"
@@ -198,13 +221,16 @@ def _health(place: str, slot: Slot) -> Iterator[Finding]:
             place,
             f"is lost ({slot.invalidation or 'its WAL was removed'}): changes since {slot.restart or 'its last read'} "
             "cannot be read any more",
-            f"SELECT pg_drop_replication_slot('{slot.name}'); then run `figbridge init` and copy the tables anew",
+            f"SELECT pg_drop_replication_slot('{slot.name}'); then run `figbridge init` and copy the tables anew"
+            + _PREVENTION.get(slot.invalidation or "wal_removed", ""),
         )
     elif slot.wal_status == "unreserved":
         yield warning(
             place,
-            "will be lost at the next checkpoint unless it is read at once (more WAL than max_slot_wal_keep_size)",
-            "start the bridge now; or ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf();",
+            "will be lost at the next checkpoint (it needs more WAL than max_slot_wal_keep_size)",
+            # to read it is not enough: its restart_lsn follows up to 15 s later, with the server's next snapshot
+            "at once ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf(); then start the bridge; "
+            "limit it again when wal_status in pg_replication_slots is reserved",
         )
 
 

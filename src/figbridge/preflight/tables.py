@@ -27,6 +27,7 @@ KINDS: Final[Mapping[str, str]] = {
     "I": "partitioned index",
     "c": "composite type",
 }
+_IDENTITIES: Final = {"d": "DEFAULT", "i": "USING INDEX", "f": "FULL", "n": "NOTHING"}
 SYSTEM_SCHEMAS: Final = frozenset({"pg_catalog", "information_schema", "pg_toast"})
 
 
@@ -130,7 +131,7 @@ def _identity(connection: psycopg.Connection, table: Table, of: str = "") -> Ite
         yield warning(
             place,
             f"{subject} has REPLICA IDENTITY FULL: each UPDATE and DELETE writes the whole old row to the WAL, "
-            "and events are keyed by the whole row",
+            "and without a primary key events have no key",
             f"where it has a key: ALTER TABLE {table.quoted} REPLICA IDENTITY DEFAULT; or USING INDEX …",
         )
 
@@ -158,15 +159,45 @@ def _partitioned(connection: psycopg.Connection, table: Table) -> Iterator[Findi
             )
         else:
             yield from _identity(connection, leaf, of=str(table))
+            yield from _same_identity(table, leaf)
     if not partitions:
         yield from _identity(connection, table)
     elif table.identity != "d" or not table.has_identity:
         yield warning(
             f"table {table}",
             "a partition made later would have no replica identity (only a primary key is inherited), and the "
-            "application's UPDATE and DELETE on it would fail",
+            "application's UPDATE and DELETE on it would fail"
+            + ("" if table.has_identity else "; and events have no key: that of a DELETE does not say which row"),
             f"ALTER TABLE {table.quoted} ADD PRIMARY KEY (…), or set REPLICA IDENTITY on each partition as it is made",
         )
+    if connection.info.server_version < 150000:
+        # measured on 14.23: pgoutput forgets what it decided about a table only when a publication is altered
+        yield warning(
+            f"table {table}",
+            "PostgreSQL 14 does not notice ATTACH PARTITION and DETACH PARTITION of a table that it has decoded "
+            "changes of: rows of the attached table would be missing without a word",
+            "in the same transaction as the ATTACH or DETACH: ALTER PUBLICATION … SET (publish = …); with the "
+            "operations that it has",
+        )
+
+
+def _same_identity(table: Table, leaf: Table) -> Iterator[Finding]:
+    """Measured on 18.4: the server writes the leaf's old key and describes it as that of the table above."""
+    if not leaf.has_identity or leaf.identity == "f":
+        return
+    if table.identity == "f":
+        lack, remedy = "has not, so its old rows would say NULL of all but the key", "REPLICA IDENTITY FULL"
+    elif missing := sorted(set(table.identity_columns) - set(leaf.identity_columns)):
+        lack = f"has another one, so its old keys would say NULL of {', '.join(map(spell, missing))}"
+        remedy = "REPLICA IDENTITY DEFAULT" if table.identity == "d" else "REPLICA IDENTITY USING INDEX …"
+    else:
+        return
+    yield error(
+        f"table {table}",
+        f"it has REPLICA IDENTITY {_IDENTITIES[table.identity]} and its partition {leaf} {lack}",
+        f"ALTER TABLE {leaf.quoted} {remedy}; for each such partition (ALTER TABLE of the table above does not reach "
+        "them), or give the table above the identity that they have",
+    )
 
 
 def _partition(connection: psycopg.Connection, table: Table, names: Sequence[Name]) -> Finding:

@@ -16,11 +16,14 @@ What it refuses: FOR ALL TABLES (it publishes tables nobody named, and breaks th
 identity); dropping a table from a publication (that renumbers the rows of transactions that are delivered in part, and
 the numbers are their ids; it is reported instead); tearing down what somebody else still uses.
 
+A slot that is lost is made anew by the bridge itself where forward.on-slot-loss says so (`recreate`).
+
 `script` and `initialise` share every statement (`statements`), so what the DBA signs is what the command does.
 """
 
 from figbridge.provision.make import initialise
+from figbridge.provision.recreate import recreate
 from figbridge.provision.remove import teardown
 from figbridge.provision.statements import publications, script
 
-__all__ = ["initialise", "publications", "script", "teardown"]
+__all__ = ["initialise", "publications", "recreate", "script", "teardown"]

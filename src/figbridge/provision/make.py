@@ -8,12 +8,14 @@ from typing import Final
 import psycopg
 import structlog
 
-from figbridge import legacy, preflight
+from figbridge import canary, legacy, preflight
+from figbridge.change import Lsn
 from figbridge.config import Config, LegacySection, split_table
 from figbridge.errors import BridgeError, Problem, SetupError
 from figbridge.preflight import catalogue, failover, reverse, stream
 from figbridge.preflight.catalogue import Name, Publication, Slot, spell
-from figbridge.provision import statements
+from figbridge.preflight.own import own_tables
+from figbridge.provision import backfill, statements
 
 _log = structlog.get_logger()
 
@@ -39,6 +41,10 @@ def initialise(config: Config) -> list[str]:
         for name, (tables, operations) in wanted.items():
             connection.execute(statements.publication_sql(name, tables, operations))
         _prove_harmless(connection, config, before)
+        if _wants_origin(config):
+            name = canary.origin(config.legacy.slot)
+            made_now = connection.execute(statements.origin_sql(config.legacy.slot)).rowcount
+            lines.append(f"replication origin {name}: {'made' if made_now else 'there already'}")
         slot_was_there = catalogue.slot(connection, config.legacy.slot) is not None
         for name, (tables, _) in wanted.items():
             made = catalogue.publication(connection, name)
@@ -49,15 +55,16 @@ def initialise(config: Config) -> list[str]:
 
 
 def _make_schema(connection: psycopg.Connection, config: Config) -> list[str]:
-    names = [(legacy.SCHEMA, table) for table in reverse.own_tables(config)]
+    names = [(legacy.SCHEMA, table) for table in own_tables(config)]
     if not names:
         return []
     missing = [table for schema, table in names if (schema, table) not in catalogue.tables(connection, names)]
-    if not missing:
+    if not missing and not reverse.outdated(connection, config):
         # not even IF NOT EXISTS: it wants CREATE on the database, which the bridge's own role need not have
         return [f"schema {legacy.SCHEMA}: there already"]
     connection.execute(statements.schema_sql())
-    return [f"schema {legacy.SCHEMA}: made {', '.join(missing)}"]
+    done = f"made {', '.join(missing)}" if missing else "brought up to date"
+    return [f"schema {legacy.SCHEMA}: {done}"]
 
 
 def _prove_harmless(connection: psycopg.Connection, config: Config, before: Mapping[str, Publication | None]) -> None:
@@ -80,6 +87,10 @@ def _prove_harmless(connection: psycopg.Connection, config: Config, before: Mapp
             what = f"once published, the application could not UPDATE or DELETE any more: {str(error).strip()}"
             remedy = "give the table a replica identity; nothing was changed"
             raise SetupError("the bridge cannot be set up", [Problem(f"table {name}", what, remedy)]) from error
+
+
+def _wants_origin(config: Config) -> bool:
+    return config.forward is not None and config.reverse is not None and config.legacy.loop_guard == "origin"
 
 
 def _told(name: str, tables: Sequence[Name], before: Publication | None, after: Publication | None) -> list[str]:
@@ -107,26 +118,50 @@ def _too_young(section: LegacySection, name: str, made: Publication) -> str:
 
 
 def _make_slot(config: Config) -> list[str]:
-    """Make the slot, however long the server waits for the transactions that are open.
-
-    https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
-    """
     section, dsn = config.legacy, config.legacy.dsn.get_secret_value()
-    with legacy.translated(), legacy.connect(dsn, purpose="init", patience=None) as connection:
+    opened = legacy.connect(dsn, purpose="init", autocommit=True, patience=None)
+    with legacy.translated(), opened as connection:
         if found := catalogue.slot(connection, section.slot):
             return [f"slot {section.slot}: there already", *_no_failover(section, found)]
-        if config.guards_slot:
-            # first, and committed: a new slot that is judged by the old one's note would be taken for a stranger's
-            connection.execute(statements.forget_sql(section.slot))
-            connection.commit()
-        connection.execute(statements.NO_TIMEOUTS)
-        create = statements.create_slot(section, connection.info.server_version)
-        try:
-            with _telling_for_whom(dsn, connection.info.backend_pid, section.slot):
-                row = connection.execute(f"SELECT lsn FROM {create}").fetchone()  # noqa: S608 (quoted)
-        except psycopg.errors.DuplicateObject:  # a second `init` was faster
-            return [f"slot {section.slot}: there already"]
-    return [f"slot {section.slot}: made, changes leave from {row[0] if row else '?'} on"]
+        # first, and committed: a new slot that is judged by the old one's note would be taken for a stranger's
+        with connection.transaction():
+            lines = _forget(connection, config)
+        made = make_slot(connection, section)
+    if made is None:  # a second `init` was faster
+        return [f"slot {section.slot}: there already"]
+    return [*lines, f"slot {section.slot}: made, changes leave from {made} on"]
+
+
+def _forget(connection: psycopg.Connection, config: Config) -> list[str]:
+    """Notes about an earlier slot; with forward.on-slot-loss, order what makes up for it."""
+    slot, there = config.legacy.slot, False
+    if config.guards_slot:
+        there = connection.execute(statements.forget_sql(slot)).rowcount > 0
+    if config.takes_snapshots:
+        connection.execute(statements.forget_snapshots_sql(config))
+    if not there or not config.recreates_slot:
+        return []
+    why = f"replication slot {slot!r} did not exist, and `figbridge init` made it anew"
+    backfill.order(connection, slot, config.snapshot_tables, why)
+    return ["warning: there was a slot before, and changes since then are in no event: every table will be read again"]
+
+
+def make_slot(connection: psycopg.Connection, section: LegacySection) -> Lsn | None:
+    """Make the slot, however long the server waits for the transactions that are open; None if it is there meanwhile.
+
+    `connection` is in autocommit mode and has no patience. https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
+    """
+    create = statements.create_slot(section, connection.info.server_version)
+    try:
+        with (
+            _telling_for_whom(section.dsn.get_secret_value(), connection.info.backend_pid, section.slot),
+            connection.transaction(),
+        ):
+            connection.execute(statements.NO_TIMEOUTS)
+            row = connection.execute(f"SELECT lsn::text FROM {create}").fetchone()  # noqa: S608 (quoted)
+    except psycopg.errors.DuplicateObject:
+        return None
+    return Lsn.parse(row[0]) if row else None
 
 
 def _no_failover(section: LegacySection, slot: Slot) -> list[str]:

@@ -7,8 +7,9 @@ import psycopg
 from figbridge import canary, legacy
 from figbridge.config import Config, LegacySection
 from figbridge.errors import Problem, SetupError
-from figbridge.preflight import catalogue, reverse
+from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import quote, spell
+from figbridge.preflight.own import OWN
 from figbridge.provision import statements
 
 _GUARD: Final = (legacy.SCHEMA, "slot_guard")
@@ -27,6 +28,7 @@ def teardown(config: Config, *, keep_schema: bool) -> list[str]:
         lines = [_drop_slot(connection, section.slot)]
         if catalogue.tables(connection, [_GUARD]):
             connection.execute(statements.forget_sql(section.slot))
+        lines += _drop_origin(connection, section.slot)
         with connection.transaction():
             connection.execute(statements.LOCK_TIMEOUT)
             lines += [_drop_publication(connection, name) for name in (section.publication, section.inbox_publication)]
@@ -56,6 +58,14 @@ def _may_go(connection: psycopg.Connection, section: LegacySection, *, keep_sche
         raise SetupError("nothing was torn down", problems)
 
 
+def _drop_origin(connection: psycopg.Connection, slot: str) -> list[str]:
+    name = canary.origin(slot)
+    found = connection.execute(
+        "SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin WHERE roname = %s", [name]
+    )
+    return [f"replication origin {name}: dropped"] if found.rowcount else []
+
+
 def _in_use(slot: str, holder: str) -> Problem:
     return Problem(f"slot {slot}", f"is being read ({holder})", "stop that bridge first, then tear down")
 
@@ -80,7 +90,7 @@ def _drop_publication(connection: psycopg.Connection, name: str) -> str:
 
 
 def _drop_schema(connection: psycopg.Connection) -> str:
-    found = catalogue.tables(connection, [(legacy.SCHEMA, name) for name in reverse.OWN])
+    found = catalogue.tables(connection, [(legacy.SCHEMA, name) for name in OWN])
     there = connection.execute("SELECT to_regnamespace(%s) IS NOT NULL", [legacy.SCHEMA]).fetchone()
     if not (there and there[0]):
         return f"schema {legacy.SCHEMA}: was not there"

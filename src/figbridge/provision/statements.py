@@ -14,6 +14,7 @@ from figbridge import canary, legacy
 from figbridge.config import Config, LegacySection, split_table
 from figbridge.preflight import reverse, stream
 from figbridge.preflight.catalogue import Name, quote
+from figbridge.preflight.own import OWN, own_tables
 
 # ADD TABLE takes SHARE UPDATE EXCLUSIVE: readers and writers pass, but VACUUM and DDL may hold us up.
 LOCK_TIMEOUT: Final = "SET LOCAL lock_timeout = '10s'"
@@ -30,7 +31,7 @@ def publications(config: Config) -> dict[str, tuple[Sequence[Name], Sequence[str
         return {}
     tables = [split_table(name) for name in config.legacy.tables]
     wanted: dict[str, tuple[Sequence[Name], Sequence[str]]] = {config.legacy.publication: (tables, stream.PUBLISHED)}
-    if config.reverse:
+    if config.publishes_inbox:
         wanted[config.legacy.inbox_publication] = ((canary.INBOX, canary.CANARY), stream.MARKS)
     return wanted
 
@@ -86,9 +87,24 @@ def create_slot(section: LegacySection, version: int) -> str:
     return f"pg_create_logical_replication_slot({_literal(section.slot)}, 'pgoutput'{failover})"
 
 
+def origin_sql(slot: str) -> str:
+    """The statement that makes the replication origin of ``loop-guard: origin``, if it is not there; a row if so."""
+    name = _literal(canary.origin(slot))
+    missing = f"NOT EXISTS (SELECT FROM pg_replication_origin WHERE roname = {name})"
+    return f"SELECT pg_replication_origin_create({name}) WHERE {missing}"
+
+
 def forget_sql(slot: str) -> str:
     """The statement after which a slot that is made anew is taken as it is."""
     return f"DELETE FROM figbridge.slot_guard WHERE slot = {_literal(slot)}"  # noqa: S608 (quoted)
+
+
+def forget_snapshots_sql(config: Config) -> str:
+    """The statement after which tables are read again that a slot made anew has left out changes of."""
+    ended = (
+        "" if config.forward and config.forward.snapshot == "when-needed" else " AND state NOT IN ('done', 'failed')"
+    )
+    return f"DELETE FROM figbridge.snapshot WHERE slot = {_literal(config.legacy.slot)}{ended}"  # noqa: S608 (quoted)
 
 
 def _literal(text: str) -> str:
@@ -112,13 +128,15 @@ def script(config: Config) -> str:
         )
     ]
     parts += [_comment(_ROLE.format(role=quote(_role(dsn)))), "BEGIN;", f"{LOCK_TIMEOUT};"]
-    if reverse.own_tables(config):
+    if own_tables(config):
         parts.append(schema_sql().strip())
     for name, (tables, operations) in publications(config).items():
         parts += [_comment(_PUBLICATION[operations]), publication_sql(name, tables, operations)]
     if config.forward:
         parts.append(_comment(_HARMLESS))
         parts += [harmless_sql(split_table(name)) for name in config.legacy.tables]
+    if config.forward and config.reverse and config.legacy.loop_guard == "origin":
+        parts += [_comment(_ORIGIN), f"{origin_sql(config.legacy.slot)};"]
     parts += ["COMMIT;"]
     if config.forward:
         parts += [_comment(_SLOT), _slot_sql(config)]
@@ -142,7 +160,11 @@ def _slot_sql(config: Config) -> str:
     missing = f"NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {slot})"
     listed = ", ".join(names)
     made = f"(SELECT count(*) FROM pg_publication WHERE pubname IN ({listed})) = {len(names)}"  # noqa: S608 (quoted)
-    forget = f"-- a note about an earlier slot of this name\n{forget_sql(section.slot)} AND {missing};\n\n"
+    # in a transaction of its own: no slot can be made in one that has written
+    notes = [forget_sql(section.slot)] if config.guards_slot else []
+    notes += [forget_snapshots_sql(config)] if config.takes_snapshots else []
+    forgotten = "".join(f"{it} AND {missing};\n" for it in notes)
+    forget = f"-- notes about an earlier slot of this name\nBEGIN;\n{forgotten}COMMIT;\n\n"
     new = create_slot(section, 170000)
     call = f"SELECT {new}\nWHERE {missing}\n  AND {made};"
     if section.failover:  # which function there is, only the server knows
@@ -159,7 +181,7 @@ BEGIN
 END
 """
         call = f"DO {_dollars(body)};"
-    return f"""{forget if config.guards_slot else ""}BEGIN;
+    return f"""{forget if notes else ""}BEGIN;
 {NO_TIMEOUTS};
 {call}
 COMMIT;
@@ -171,14 +193,18 @@ def _grants(config: Config, role: str) -> Iterator[str]:
         tables = [split_table(name) for name in config.legacy.tables]
         yield from (f"GRANT USAGE ON SCHEMA {quote(it)} TO {role};" for it in sorted({schema for schema, _ in tables}))
         yield from (f"GRANT SELECT ON {quote(*table)} TO {role};" for table in tables)
-    for mapping in config.reverse.mappings if config.reverse else ():
-        table = split_table(mapping.into)
-        yield f"GRANT USAGE ON SCHEMA {quote(table[0])} TO {role};"
-        yield f"GRANT {', '.join(reverse.rights(mapping))} ON {quote(*table)} TO {role};"
-    if own := reverse.own_tables(config):
+    for part in [part for mapping in (config.reverse.mappings if config.reverse else ()) for part in mapping.parts]:
+        if part.into is not None:
+            table = split_table(part.into)
+            yield f"GRANT USAGE ON SCHEMA {quote(table[0])} TO {role};"
+            rights = dict.fromkeys(reverse.rights(part))
+            if config.reverse and config.reverse.mode == "dry-run":
+                rights["SELECT"] = None
+            yield f"GRANT {', '.join(rights)} ON {quote(*table)} TO {role};"
+    if own := own_tables(config):
         yield f"GRANT USAGE ON SCHEMA {quote(legacy.SCHEMA)} TO {role};"
         for name in own:
-            yield f"GRANT {', '.join(reverse.OWN[name].rights)} ON {quote(legacy.SCHEMA, name)} TO {role};"
+            yield f"GRANT {', '.join(OWN[name].rights)} ON {quote(legacy.SCHEMA, name)} TO {role};"
 
 
 _HEAD: Final = """\
@@ -210,6 +236,10 @@ purging old marks makes no traffic.""",
 _HARMLESS: Final = """\
 The proof that the application can still UPDATE and DELETE: EXPLAIN plans the statement and runs nothing. A published
 table without a replica identity fails here, and the whole transaction is rolled back."""
+_ORIGIN: Final = """\
+The replication origin by which the bridge marks its own transactions (loop-guard: origin). To have it made, and used,
+by a role that is no superuser: GRANT EXECUTE ON FUNCTION pg_replication_origin_create(text),
+pg_replication_origin_session_setup(text) TO …; in this database."""
 _SLOT: Final = """\
 The slot, last: one that is older than its publications cannot use them. It waits until all transactions that are open
 now have ended (in the whole cluster), so it may take a while. From here on the server keeps WAL for the bridge."""
