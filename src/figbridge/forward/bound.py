@@ -72,7 +72,7 @@ class Bound:
         """
         with self._lock:
             since, place = self._noted
-            rate = (self._asked - place) / (now - since) if place and now > since else 0.0
+            rate = (self._asked - place) / max(1.0, now - since) if place else 0.0
             self._noted = (now, self._asked)
             self._headroom = int(min(MOST, max(LEAST, _SECONDS * rate)))
             target = Lsn(max(self._asked, self._acknowledged) + self._headroom)

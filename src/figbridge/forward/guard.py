@@ -34,7 +34,7 @@ import structlog
 
 from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import BridgeError, LegacyUnavailable, SlotInUse, SlotLost
+from figbridge.errors import BridgeError, LegacyUnavailable, SlotGap, SlotInUse, SlotLost
 from figbridge.forward.bound import UNBOUND, Bound
 from figbridge.forward.incarnation import Incarnation, Note, Place
 from figbridge.forward.source import Identity, ReplicationSource
@@ -69,13 +69,13 @@ class SlotGuard:
 
     def connect(self) -> psycopg.Connection:
         """An ordinary connection for this guard. Raises LegacyUnavailable or BridgeError."""
-        return legacy.connect(self._dsn, purpose="slot-guard", autocommit=True)
+        return legacy.connect(self._dsn, purpose="slot-guard", autocommit=True, patience=legacy.BRIEF)
 
     def look(self, connection: psycopg.Connection) -> Slot:
-        """The slot, if it is there, ours, and has its WAL. Raises SlotLost with what to do."""
+        """The slot, if it is there, ours, and has its WAL. Raises SlotGap or SlotLost with what to do."""
         slot = catalogue.slot(connection, self.slot)
         if slot is None:
-            raise SlotLost(
+            raise SlotGap(
                 f"replication slot {self.slot!r} does not exist",
                 hint="if it never did: `figbridge init`. If it was dropped, or a failover led to a server that does "
                 "not have it, changes since then are in no event: `figbridge init` makes a new one, then copy the "
@@ -83,7 +83,8 @@ class SlotGuard:
             )
         for finding in stream.unreadable(slot):
             if finding.level == "error":
-                raise SlotLost(f"{finding.where} {finding.what}", hint=finding.remedy)
+                kind = SlotGap if stream.is_lost(slot) else SlotLost
+                raise kind(f"{finding.where} {finding.what}", hint=finding.remedy)
             _log.warning("the slot is in danger", slot=self.slot, what=finding.what, hint=finding.remedy)
         return slot
 
@@ -113,6 +114,19 @@ class SlotGuard:
             self._move(connection, self.bound.target(time.monotonic()), taking=True)
             self.streaming = True
             self.taken += 1
+
+    def require_ours(self, connection: psycopg.Connection, identity: Identity, start: Lsn) -> None:
+        """Say nothing when a new slot at that server is one of the same database. Raises as `take`."""
+        place = place_of(connection)
+        place.require(identity)
+        note = self._read(connection) if self._table else None
+        reached = max(start, self.bound.acknowledged)
+        self._incarnation.require_ours(identity, end=place.end, note=note, reached=reached)
+
+    def renewed(self, identity: Identity, confirmed: Lsn) -> None:
+        """The slot begins anew at `confirmed`, and nothing is said of it in the table."""
+        self._incarnation.identity, self._incarnation.others = identity, False
+        self.bound.freeze(confirmed)
 
     def permit(self, lsn: Lsn) -> Lsn:
         """As `Bound.permit`; asks for a higher bound in good time. Never waits."""
@@ -167,6 +181,8 @@ class SlotGuard:
         if identity is None:
             return False
         with connection.transaction():
+            # an application that is kept from writing, by default_transaction_read_only, still has changes to deliver
+            connection.execute("SET TRANSACTION READ WRITE")
             # flushed here, whatever the role's default is; a synchronous standby that is away must not hold us up
             connection.execute("SET LOCAL synchronous_commit = 'local'")
             connection.execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")
@@ -185,28 +201,80 @@ class SlotGuard:
             return written.rowcount == 1
 
 
-class GuardedSource(ReplicationSource):
-    """A replication source whose place is compared when it connects, and which acknowledges within the bound."""
+# Makes a slot in the place of one that is lost and orders the backfill; where the slot begins. Raises BridgeError.
+Recreate = Callable[[SlotGap], Lsn]
 
-    def __init__(self, dsn: str, slot: str, publications: tuple[str, ...], guard: SlotGuard) -> None:
+
+class GuardedSource(ReplicationSource):
+    """A replication source whose place is compared when it connects, and which acknowledges within the bound.
+
+    With `recreate` a gap in this database's own history is none to stop for.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        slot: str,
+        publications: tuple[str, ...],
+        guard: SlotGuard,
+        *,
+        recreate: Recreate | None = None,
+    ) -> None:
         super().__init__(dsn, slot, publications)
         self._guard = guard
+        self._recreate = recreate
         self._asked = (Lsn(0), Lsn(0))
         self._sent = Lsn(0)
 
+    @property
+    def recreates(self) -> bool:
+        """Whether `connect` makes a lost slot anew."""
+        return self._recreate is not None
+
     def connect(self, start: Lsn) -> None:
         """As `ReplicationSource.connect`. Raises LegacyUnavailable too, and SlotLost for a slot that was moved."""
+        try:
+            self._connect(start)
+        except SlotGap as gap:
+            if self._recreate is None:
+                raise
+            identity = self.identify()
+            with self._guard.connect() as connection, legacy.translated():
+                self._guard.require_ours(connection, identity, start)
+            self._guard.renewed(identity, self._recreate(gap))
+            self._connect(start)
+
+    def _connect(self, start: Lsn) -> None:
+        self.disconnect()  # the slot must not be held by ourselves, nor while we try to get through
         with self._guard.connect() as connection, legacy.translated():
             self._guard.look(connection)
             try:
+                self._require_free(connection)
                 super().connect(start)
                 self._guard.take(connection, self.identity, start)
             except SlotInUse:
                 self._guard.outdone()
                 raise
-            except BaseException:
+            except BaseException as error:
                 self.disconnect()  # whoever waits for the slot must not wait for our next try
+                if isinstance(error, SlotLost) and not isinstance(error, SlotGap):
+                    self._guard.look(connection)  # it may have been lost between the look and the stream
                 raise
+
+    def _require_free(self, connection: psycopg.Connection) -> None:
+        """Name who is in the way, at the price of one statement; START_REPLICATION would only name its pid.
+
+        Nobody is terminated: a walsender with our name may belong to a replica in good health, and if its client is
+        dead or frozen the server ends it after its session's wal_sender_timeout.
+        """
+        if holder := catalogue.holder(connection, self._guard.slot):
+            pid, who = holder
+            raise SlotInUse(
+                f"replication slot {self._guard.slot!r} is in use by {who}",
+                hint="one bridge at a time reads a slot; this one waits and takes over when the other is gone, or has "
+                "been silent for its wal_sender_timeout. Only if you know that it is no bridge of yours: "
+                f"SELECT pg_terminate_backend({pid})",
+            )
 
     def send_status(self, *, written: Lsn, flushed: Lsn) -> None:
         """As `ReplicationSource.send_status`, within the bound. What it holds back, `wait` sends as soon as it may."""

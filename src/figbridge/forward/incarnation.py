@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from figbridge.change import Lsn
-from figbridge.errors import LegacyUnavailable, SlotLost, SourceError
+from figbridge.errors import LegacyUnavailable, SlotGap, SlotLost, SourceError
 from figbridge.forward.source import Identity
 
 _log = structlog.get_logger()
@@ -80,6 +80,18 @@ class Incarnation:
             by_heart = Note(known.system_identifier, known.timeline, self.holder, acknowledged, acknowledged)
             self._compare(by_heart, now, confirmed)
 
+    def require_ours(self, now: Identity, *, end: Lsn, note: Note | None, reached: Lsn) -> None:
+        """Say nothing when a new slot on that server would go on in the history of the old one.
+
+        `reached` is the furthest that this process has read or acknowledged. Raises SlotLost, SourceError.
+        """
+        if self.identity:
+            self._compare_memory(self.identity, now, end, reached)
+        if note and note.system_identifier != now.system_identifier:
+            raise self._other_cluster(note.system_identifier, now.system_identifier)
+        if note and note.timeline != now.timeline and _end_of(note.timeline, now) is None:
+            raise self._other_history(note.timeline, now)
+
     def _compare_memory(self, before: Identity, now: Identity, end: Lsn, reached: Lsn) -> None:
         """What only a process that was connected before can know."""
         if before.system_identifier != now.system_identifier:
@@ -123,8 +135,8 @@ class Incarnation:
             return "then start the bridge again"
         return f"then accept the slot as it stands: DELETE FROM figbridge.slot_guard WHERE slot = '{self._slot}';"  # noqa: S608 (for a human)
 
-    def _moved(self, confirmed: Lsn, least: Lsn, most: Lsn) -> SlotLost:
-        return SlotLost(
+    def _moved(self, confirmed: Lsn, least: Lsn, most: Lsn) -> SlotGap:
+        return SlotGap(
             f"replication slot {self._slot!r} is confirmed up to {confirmed}, and figbridge confirmed nothing beyond "
             f"{most}: somebody else moved it, or made it anew",
             hint=f"changes between {least} and {confirmed} may be in no event (pg_recvlogical, "

@@ -1,17 +1,18 @@
 """Logical messages (`pg_logical_emit_message`) → events: which ones, and in what form.
 
-    prefix figbridge.*            ours: a heartbeat is noted, none is ever an event
+    prefix figbridge.backfill     ours: that rows of a table are read again (`figbridge.forward.snapshot.backfill`)
+    any other figbridge.*         ours: a heartbeat is noted, none is an event
     forward.outbox.message-prefix an outbox event (`figbridge.forward.outbox`)
     one of forward.messages       an event with op ``message``
     any other                     nobody asked for it: dropped
 
 The detail of ``message``: id, op, schema and table (null), key and prefix (the prefix), transactional, encoding,
-content, position, committed_at, hops, cause.
+content, position, committed_at, hops, cause. With ``forward.format: debezium`` it is Debezium's (`debezium`).
 
 INVARIANT. No byte of the content is lost or interpreted: it is a JSON string of its text, or base64 where it is no
 text (``encoding`` says which). Content that is to be JSON belongs into the outbox, which checks it.
 
-What it does not do: acknowledge. A message may be acknowledged like a commit's end; the pipeline says when.
+What it does not do: acknowledge. A message may be acknowledged like a commit's end; `capture` says when.
 https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
 """
 
@@ -25,11 +26,13 @@ import psycopg
 
 from figbridge.change import Begin, LogicalMessage
 from figbridge.event import Event, Rejection
-from figbridge.forward import heartbeat, place
+from figbridge.forward import debezium, heartbeat, place
+from figbridge.forward.form import Named
 from figbridge.forward.heartbeat import Heartbeats
 from figbridge.forward.outbox import MALFORMED, Outbox, Unroutable
 from figbridge.forward.place import Place
-from figbridge.forward.shape import Naming
+from figbridge.forward.snapshot import backfill
+from figbridge.forward.table import Naming
 
 OURS: Final = "figbridge."  # no message of this prefix is anybody else's; the configuration refuses to name one
 
@@ -39,6 +42,7 @@ class Messages:
 
     `prefixes` is forward.messages: exact, or with a trailing ``*``. `codec` is the Python name of the database's
     encoding (`server_codec`): the server converts a prefix to UTF-8, but sends the content's bytes as they are.
+    `slot` is ours; other bridges may write to the same database.
     """
 
     def __init__(
@@ -49,7 +53,9 @@ class Messages:
         outbox: Outbox | None = None,
         heartbeats: Heartbeats | None = None,
         codec: str = "utf-8",
+        slot: str = "",
     ) -> None:
+        self._slot = slot
         self._exact = frozenset(prefix for prefix in prefixes if not prefix.endswith("*"))
         self._beginnings = tuple(prefix[:-1] for prefix in prefixes if prefix.endswith("*"))
         self._naming = naming
@@ -69,6 +75,9 @@ class Messages:
         if prefix.startswith(OURS):
             if self._heartbeats is not None and prefix == heartbeat.PREFIX:
                 self._heartbeats.seen(message)
+            if prefix == backfill.PREFIX and begin is not None:
+                where = place.of_message(message, begin, identity, sent_at)
+                return backfill.event((self._text(message.content) or "").encode(), self._slot, where, self._naming)
             return None
         routed = self._outbox is not None and prefix == self._outbox.message_prefix
         if not routed and not self._selects(prefix):
@@ -76,11 +85,11 @@ class Messages:
         where = place.of_message(message, begin, identity, sent_at)
         content = self._text(message.content)
         if self._outbox is None or not routed:
-            return self._event(message, content, where)
+            return self._event(message, content, where, begin)
         try:
             return self._outbox.message_event(content, where)
         except Unroutable as why:
-            return Rejection(self._event(message, content, where), MALFORMED, str(why), retryable=False)
+            return Rejection(self._event(message, content, where, begin), MALFORMED, str(why), retryable=False)
 
     def _selects(self, prefix: str) -> bool:
         return prefix in self._exact or (bool(self._beginnings) and prefix.startswith(self._beginnings))
@@ -91,13 +100,16 @@ class Messages:
         except UnicodeDecodeError:
             return None
 
-    def _event(self, message: LogicalMessage, content: str | None, where: Place) -> Event:
-        words = {"database": self._naming.database, "schema": "message", "table": message.prefix}
+    def _event(self, message: LogicalMessage, content: str | None, where: Place, begin: Begin | None) -> Event:
+        named = self._naming.of("message", message.prefix, "emitted")
         prefix = orjson.dumps(message.prefix)
         if content is None:
             encoding, shown = b"base64", b'"%b"' % base64.b64encode(message.content)
         else:
             encoding, shown = b"text", orjson.dumps(content)
+        if self._naming.form == "debezium":
+            detail = debezium.message(message, where, named, self._naming.database, begin)
+            return self._named(message, where, named, detail)
         detail = (
             b'{"id":"%b","op":"message","schema":null,"table":null,"key":{"prefix":%b},"prefix":%b,'
             b'"transactional":%b,"encoding":"%b","content":%b%b'
@@ -110,13 +122,18 @@ class Messages:
             shown,
             where.tail,
         )
+        return self._named(message, where, named, detail)
+
+    @staticmethod
+    def _named(message: LogicalMessage, where: Place, named: Named, detail: bytes) -> Event:
         return Event(
             id=where.id,
-            source=self._naming.source.format(**words),
-            detail_type=self._naming.detail_type.format(**words, operation="emitted"),
-            key=f'message:{{"prefix":{prefix.decode()}}}',
+            source=named.source,
+            detail_type=named.detail_type,
+            key=f'message:{{"prefix":{orjson.dumps(message.prefix).decode()}}}',
             time=where.time,
             detail=detail,
+            resources=named.resources,
         )
 
 

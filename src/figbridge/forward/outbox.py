@@ -23,13 +23,15 @@ from typing import Final, NamedTuple
 import orjson
 import structlog
 
+from figbridge import members
 from figbridge.change import Begin, Change, Operation, Relation, Row
 from figbridge.config import OutboxSection, split_table
 from figbridge.event import Event, Rejection
-from figbridge.forward import members, place
-from figbridge.forward.members import Member, NotJson, Number
+from figbridge.forward import place
 from figbridge.forward.place import Place
+from figbridge.forward.sanitize import Rules
 from figbridge.forward.values import Encoder, Encoders, document
+from figbridge.members import Member, NotJson, Number
 
 _log = structlog.get_logger()
 
@@ -59,11 +61,18 @@ class Outbox:
     """
 
     def __init__(
-        self, section: OutboxSection, *, database: str, encoders: Encoders, ignored: Callable[[Operation], None]
+        self,
+        section: OutboxSection,
+        *,
+        database: str,
+        encoders: Encoders,
+        ignored: Callable[[Operation], None],
+        rules: Rules | None = None,
     ) -> None:
         self._section = section
         self._database = database
         self._encoders = encoders
+        self._rules = rules or Rules()
         self._ignored = ignored
         self._name = split_table(section.table) if section.table else None
         self._tables: dict[int, _Table] = {}
@@ -84,7 +93,9 @@ class Outbox:
             return None
         table = self._tables.get(change.relation.oid)
         if table is None or table.relation is not change.relation:
-            table = self._tables[change.relation.oid] = _Table(change.relation, self._section, self._encoders)
+            table = self._tables[change.relation.oid] = _Table(
+                change.relation, self._section, self._encoders, self._rules
+            )
         where = place.of_row(begin, identity, change.ordinal)
         origin = b'"schema":%b,"table":%b' % (table.schema, table.name)
         try:
@@ -171,19 +182,23 @@ class Outbox:
 class _Table:
     """One version of the outbox table: where its columns are."""
 
-    def __init__(self, relation: Relation, section: OutboxSection, encoders: Encoders) -> None:
+    def __init__(self, relation: Relation, section: OutboxSection, encoders: Encoders, rules: Rules) -> None:
         self.relation = relation
         self.schema, self.name = orjson.dumps(relation.schema), orjson.dumps(relation.name)
+        # order is by the aggregate, never by a key of the table, so no column of it tells rows apart
+        treatment = rules.of(relation, encoders, frozenset(), unveiled=True)
         self._columns = [
-            (orjson.dumps(column.name) + b":", encoders.of(column.type_oid)) for column in relation.columns
+            (orjson.dumps(column.name) + b":", treatment.encoders.get(index) or encoders.of(column.type_oid))
+            for index, column in enumerate(relation.columns)
         ]
+        self._withheld = treatment.withheld
         index = {column.name: position for position, column in enumerate(relation.columns)}
         self._route = [
             (column, index.get(column)) for column in (section.aggregate_type, section.aggregate_id, section.event_type)
         ]
         self._payload_name, self._payload = section.payload, index.get(section.payload)
         self._id = index.get(section.id)
-        self._fields = [index[name] for name in section.fields if name in index]
+        self._fields = [index[name] for name in section.fields if name in index and index[name] not in self._withheld]
         self._expand = section.expand_json
 
     def read(self, row: Row) -> _Routed:
@@ -194,14 +209,15 @@ class _Table:
             aggregate_type,
             aggregate_id,
             kind,
-            b"null" if self._id is None else self._json(row, self._id),
+            b"null" if self._id is None or self._id in self._withheld else self._json(row, self._id),
             b"null" if payload is None else self._encoded(payload),
             b"{%b}" % b",".join(self._columns[it][0] + self._json(row, it) for it in self._fields),
         )
 
     def whole(self, row: Row) -> bytes:
-        """All columns of `row` as a JSON object."""
-        return b"{%b}" % b",".join(label + self._json(row, it) for it, (label, _) in enumerate(self._columns))
+        """All columns of `row` that leave, as a JSON object."""
+        wanted = [(it, label) for it, (label, _) in enumerate(self._columns) if it not in self._withheld]
+        return b"{%b}" % b",".join(label + self._json(row, it) for it, label in wanted)
 
     def _text(self, row: Row, column: str, position: int | None) -> str:
         value = self._sent(row, column, position)

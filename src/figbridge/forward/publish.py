@@ -2,38 +2,75 @@
 
 INVARIANT: `Publisher.publish` returns only when every event is durable, at the sink or in the dead letters.
 
-A sink that can refuse single entries never gets two events of one key in one request: were the first refused and the
-second taken, no retry could restore their order. The refused ones are repeated before anything later is sent.
+Two ways. A sink that takes a request as a whole, and one at a time, is given the events as they come: order needs no
+thought, and this way is the fast one of files. A sink that can refuse single entries, or answers several requests at
+once, is given what `figbridge.delivery.order` allows: never two events of one key at the same time.
+
+`Publish` is the second of the forward path's two loops: from the `buffer` to here, then to the checkpoint.
 """
 
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Final
 
 import structlog
 
 from figbridge.deadletter import DeadLetter, DeadLetters
-from figbridge.errors import SinkRefused, SinkUnavailable
-from figbridge.event import Event, Rejection
+from figbridge.delivery.flight import EntriesRefused, Flight, Tally
+from figbridge.delivery.pack import Packing, Packs
+from figbridge.errors import SinkRefused
+from figbridge.event import Event, Lines, Rejection
+from figbridge.forward.buffer import Batch, Buffer
+from figbridge.forward.checkpoint import Checkpoint
+from figbridge.forward.snapshot.reads import Share
+from figbridge.forward.source import ReplicationSource
+from figbridge.forward.standard import Standard
+from figbridge.forward.versions import VersionStore
 from figbridge.metrics import Metrics
 from figbridge.retry import persist
-from figbridge.transports import Sink
+from figbridge.transports import Deposit, Sink
 
 _log = structlog.get_logger()
 
-
-class EntriesRefused(SinkUnavailable):
-    """Some entries were refused for now (throttled, an internal failure); the others of the request are durable."""
+_GROUP: Final = 5000  # events
+_PACKED: Final = 4  # times as many where they are packed: there are fewer entries of them
 
 
 class Publisher:
-    """Publishes for one thread. `halt` ends all retrying: Stopped is raised then, and nothing is acknowledged."""
+    """Publishes for one thread. `halt` ends all retrying: Stopped is raised then, and nothing is acknowledged.
 
-    def __init__(self, sink: Sink, dead_letters: DeadLetters | None, metrics: Metrics, halt: threading.Event) -> None:
+    `kind` is the format: events of other formats become events of that one. `packing` puts several into one entry.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        dead_letters: DeadLetters | None,
+        metrics: Metrics,
+        halt: threading.Event,
+        deposit: Deposit | None = None,
+        *,
+        kind: type[Event] = Event,
+        packing: Packing | None = None,
+    ) -> None:
         self._sink = sink
+        self._deposit = deposit
         self._dead_letters = dead_letters
         self._metrics = metrics
         self._halt = halt
+        self._kind = kind
+        self._packing = packing
+        self._packs: Packs = {}
         self._published = metrics.published.labels(sink.name)
+        self._checked = False
+        self._flight: Flight | None = None
+        if sink.limits.partial or sink.limits.in_flight > 1:
+            tally = Tally(metrics.published, metrics.rejected, metrics.window)
+            self._flight = Flight(sink, tally, halt, bury=self._bury_refused, shrink=self._shrink)
 
     def publish(self, events: Sequence[Event]) -> None:
         """Return when every one of `events` is durable.
@@ -41,68 +78,205 @@ class Publisher:
         Raises Stopped when `halt` is set, SinkRefused when the sink never takes an event and there is no dead-letter
         store to put it in.
         """
+        if not self._checked:  # the limits of a queue or stream are known only then
+            persist(self._sink.check, what=f"look up {self._sink.name}", stop=self._halt)
+            self._checked = True
+        if self._kind is not Event:
+            events = [tuple.__new__(self._kind, event) for event in events]
+        if self._packing:
+            events, self._packs = self._packing.pack(events)
+        if self._flight:
+            self._flight.publish(events, self._packs)
+            return
         for request in self._requests(events):
             self._send(request)
 
-    def _requests(self, events: Sequence[Event]) -> Iterator[list[Event]]:
+    @property
+    def group(self) -> int:
+        """How many events to give to `publish` at once, if there are so many: two windows full of requests.
+
+        With fewer the last answers of a call would be waited for with little else out.
+        """
+        limits = self._sink.limits
+        group = _GROUP * _PACKED if self._packing else _GROUP
+        return max(group, 2 * limits.entries * limits.in_flight) if self._flight else group
+
+    def close(self) -> None:
+        """End the threads that wait for the sink. The sink itself is closed by whoever opened it."""
+        if self._flight:
+            self._flight.close()
+
+    def _requests(self, events: Sequence[Event]) -> Iterator[Sequence[Event]]:
         """Cut `events` into requests within the sink's limits; what fits into none goes to the dead letters."""
-        limits, size_of = self._sink.limits, self._sink.size
+        limits = self._sink.limits
+        if isinstance(events, Lines) and len(events) <= limits.entries and events.weight <= limits.batch_bytes:
+            yield events
+            return
+        sizes = list(map(self._sink.size, events))
+        if 0 < len(sizes) <= limits.entries and max(sizes) <= limits.entry_bytes and sum(sizes) <= limits.batch_bytes:
+            yield list(events)  # as a rule, where a batch is bytes in a file; to look at each event took a tenth of all
+            return
         request: list[Event] = []
-        room, keys = limits.batch_bytes, set[str]()
-        for event in events:
-            size = size_of(event)
+        room = limits.batch_bytes
+        for event, size in zip(events, sizes, strict=True):
             if size > limits.entry_bytes:
                 if request:  # what is before it goes first: its dead letter must not overtake them
                     yield request
-                    request, room, keys = [], limits.batch_bytes, set()
-                what = f"{size} bytes, and the sink takes {limits.entry_bytes}"
-                self._bury([Rejection(event, "EntryTooLarge", what, retryable=False)], attempts=0)
-                continue
-            if request and (len(request) >= limits.entries or size > room or (limits.partial and event.key in keys)):
+                    request, room = [], limits.batch_bytes
+                smaller = self._shrink(event, size)
+                if smaller is None:
+                    continue
+                event, size = smaller, self._sink.size(smaller)  # noqa: PLW2901
+            if request and (len(request) >= limits.entries or size > room):
                 yield request
-                request, room, keys = [], limits.batch_bytes, set()
+                request, room = [], limits.batch_bytes
             request.append(event)
             room -= size
-            if limits.partial:
-                keys.add(event.key)
         if request:
             yield request
 
-    def _send(self, request: list[Event]) -> None:
-        remaining: Sequence[Event] = request
-        attempts = 0
+    def _send(self, request: Sequence[Event]) -> None:
+        """A request that is taken as a whole or not at all, but for entries that never will be."""
+        attempts, remaining = 0, request
 
         def attempt() -> None:
-            nonlocal remaining, attempts
+            nonlocal attempts, remaining
             attempts += 1
             rejections = self._sink.publish(remaining)
-            self._published.inc(len(remaining) - len(rejections))
+            taken = len(remaining) - len(rejections)
+            if self._packs:  # only then is an entry more than one event: each is looked at
+                refused = {rejection.event.id for rejection in rejections}
+                taken = sum(len(self._members(it)) for it in remaining if it.id not in refused)
+            self._published.inc(taken)
             for rejection in rejections:
                 self._metrics.rejected.labels(self._sink.name, rejection.code).inc()
-            # what is left is recorded before anything can fail: entries that were taken are never sent again
-            remaining = [rejection.event for rejection in rejections if rejection.retryable]
-            hopeless = [rejection for rejection in rejections if not rejection.retryable]
-            if hopeless:
-                self._bury(hopeless, attempts=attempts)
-            if remaining:
-                codes = ", ".join(sorted({rejection.code for rejection in rejections if rejection.retryable}))
-                raise EntriesRefused(f"{len(remaining)} of {len(request)} entries were refused for now: {codes}")
+            remaining = []  # before anything can fail: entries that were taken are never sent again
+            if rejections:
+                self._bury_refused(rejections, attempts)
 
         persist(attempt, what=f"publish to {self._sink.name}", stop=self._halt)
 
-    def _bury(self, rejections: Sequence[Rejection], *, attempts: int) -> None:
+    def _shrink(self, event: Event, size: int) -> Event | None:
+        """What is too large for the sink: the event that takes its place, or None when it is a dead letter."""
+        deposit = self._deposit
+        if deposit:
+            smaller = persist(lambda: deposit.deposit(event), what="deposit a large event", stop=self._halt)
+            if self._sink.size(smaller) <= self._sink.limits.entry_bytes:  # if not, its key alone is too large
+                self._metrics.deposited.inc()
+                return smaller
+        what = f"{size} bytes, and the sink takes {self._sink.limits.entry_bytes}"
+        self.bury([Rejection(event, "EntryTooLarge", what, retryable=False)], attempts=0)
+        return None
+
+    def _members(self, event: Event) -> Sequence[Event]:
+        pack = self._packs.get(event.id) if self._packs else None
+        return pack.members if pack else (event,)
+
+    def _bury_refused(self, rejections: Sequence[Rejection], attempts: int) -> None:
+        for rejection in rejections:
+            members = self._members(rejection.event)
+            if len(members) > 1:
+                self._take_apart(members)
+            else:
+                self.bury([replace(rejection, event=members[0])], attempts=attempts)
+
+    def _take_apart(self, members: Sequence[Event]) -> None:
+        """Send what was in a pack that was refused for ever one by one: as a rule one change alone is to blame.
+
+        No other event of their keys is out meanwhile, because the pack is not settled yet.
+        """
+        for member in members:
+            attempts = 0
+
+            def attempt(member: Event = member) -> None:
+                nonlocal attempts
+                attempts += 1
+                rejections = self._sink.publish([member])
+                for it in rejections:
+                    self._metrics.rejected.labels(self._sink.name, it.code).inc()
+                    if it.retryable:
+                        raise EntriesRefused(f"an entry was refused for now: {it.code}")
+                    self.bury([it], attempts=attempts)
+                self._published.inc(1 - len(rejections))
+
+            persist(attempt, what=f"publish to {self._sink.name}", stop=self._halt)
+
+    def bury(self, rejections: Sequence[Rejection], *, attempts: int) -> None:
+        """Put what can never be published into the dead letters. Raises SinkRefused if there are none, and Stopped."""
         first = rejections[0]
         if self._dead_letters is None:
             raise SinkRefused(
-                f"the sink {self._sink.name} refuses event {first.event.id}: {first.code}: {first.message}",
+                f"event {first.event.id} cannot be published to the sink {self._sink.name}: "
+                f"{first.code}: {first.message}",
                 hint="nothing is skipped, so the bridge stops here. Mend the cause, or set forward.dead-letters "
                 "to keep such events aside and go on",
             )
-        letters = [
-            DeadLetter("forward", it.event.id, it.code, it.message, attempts, it.event.envelope()) for it in rejections
-        ]
+        letters = [DeadLetter.of(it, attempts) for it in rejections]
         store = self._dead_letters
         persist(lambda: store.add(letters), what="write dead letters", stop=self._halt)
         self._metrics.forward_dead.inc(len(letters))
         for it in rejections:
             _log.error("event dead-lettered", event_id=it.event.id, code=it.code, reason=it.message)
+
+
+class Publish:
+    """The loop that empties the buffer into the sink and resolves the tickets."""
+
+    name = "publish"
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        publisher: Publisher,
+        checkpoint: Checkpoint,
+        source: ReplicationSource,
+        *,
+        versions: VersionStore | None = None,
+        standard: Standard | None = None,
+        metrics: Metrics,
+        halt: threading.Event,
+    ) -> None:
+        self._standard = standard
+        self._buffer = buffer
+        self._publisher = publisher
+        self._checkpoint = checkpoint
+        self._source = source
+        self._versions = versions
+        self._metrics = metrics
+        self._halt = halt
+        self._reads = Share()
+
+    def run(self, _stop: threading.Event) -> None:
+        """Until the capture loop has closed the buffer and it is empty: a soft stop drains."""
+        try:
+            while batches := self._buffer.take(self._publisher.group, self._reads.rows):
+                for refused, group in groupby(batches, lambda batch: bool(batch.refused)):
+                    self._deliver(list(group), refused=refused)
+        finally:
+            self._buffer.abandoned = True
+            self._source.wake()
+
+    def _deliver(self, batches: Sequence[Batch], *, refused: bool) -> None:
+        if refused:
+            for batch in batches:
+                self._publisher.bury(batch.refused, attempts=0)
+        else:
+            read = batches[0].read  # then it is alone
+            events = batches[0].events if read else [event for batch in batches for event in batch.events]
+            if events and self._standard:
+                events = self._standard.admit(events)
+            if events:
+                began = time.monotonic()
+                self._publisher.publish(events)
+                self._reads.took(len(events), time.monotonic() - began, read=read)
+            if events and not read:  # a read is as old as its chunk, which is no lag
+                age = (datetime.now(UTC) - events[-1].time).total_seconds()
+                self._metrics.lag_seconds.set(max(0.0, age))
+        if self._versions and (versions := [version for batch in batches for version in batch.versions]):
+            add, flushed = self._versions.add, self._checkpoint.flushed
+            persist(lambda: add(versions, flushed), what="keep the versions of tables", stop=self._halt)
+        for batch in batches:
+            if batch.ticket is not None:
+                self._checkpoint.resolve(batch.ticket)
+            self._buffer.settle(batch)
+        self._source.wake()

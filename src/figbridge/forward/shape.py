@@ -1,10 +1,11 @@
-"""Change → Event: the envelope. One encoder is compiled for each version of a table, and then only bytes are joined.
+"""Change → Event: the envelope. Each version of a table is compiled once (`table`), and then only bytes are joined.
 
 The detail (https://docs.aws.amazon.com/eventbridge/latest/ref/overiew-event-structure.html calls it so):
 
     id          see the package docstring
-    op          insert, update, delete, truncate
+    op          insert, update, delete, truncate; read of a snapshot (`figbridge.forward.snapshot`)
     schema, table
+    schema_version  of the table's names, types and key as they were for this row
     key         the row's replica identity key; null for a truncate or a table without one
     before      the old row as far as the server sent it: all of it under REPLICA IDENTITY FULL, the old key when an
                 update changed it or for a delete, else null
@@ -12,155 +13,242 @@ The detail (https://docs.aws.amazon.com/eventbridge/latest/ref/overiew-event-str
     unchanged   columns whose TOASTed value the update did not touch and the server did not send: absent, not null
     position    commit_lsn, ordinal and xid; a consumer of an unordered bus compares (commit_lsn, ordinal)
     committed_at, hops (how many bridges it has passed), cause (what triggered it; null: the legacy system)
+
+The detail of ``schema.changed``: id, op, key (null), then what the version stands for: schema_version, schema, table,
+identity and columns (name, type, key); previous (the same of the version before); position and the rest as above. Its
+ordinal is that of the change before which it stands.
+
+With ``forward.format: debezium`` the detail is that of `figbridge.forward.debezium` instead.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Any, Final
 
 import orjson
 
-from figbridge.change import UNCHANGED, Begin, Change, Operation, Relation, Row
-from figbridge.event import Event
-from figbridge.forward import values
+from figbridge.change import Begin, Change, Lsn, Operation, Relation, TypeName
+from figbridge.event import Event, Rejection
+from figbridge.forward import debezium, place
+from figbridge.forward.outbox import Outbox
+from figbridge.forward.sanitize import NOT_DECIDED, Rules, Undecided, Where
+from figbridge.forward.table import SCHEMA_CHANGED, Naming, Table
+from figbridge.forward.unroll import Lane
+from figbridge.forward.values import Encoders
+from figbridge.forward.versions import History, Version
 
 PrimaryKey = Callable[[Relation], Sequence[str]]
 
-_PAST: Final = {
-    Operation.INSERT: "inserted",
-    Operation.UPDATE: "updated",
-    Operation.DELETE: "deleted",
-    Operation.TRUNCATE: "truncated",
-}
+_DETAIL: Final = b'{"id":"%b%b%b,"before":%b,"after":%b,"unchanged":%b%b%d%b'
+_NULL, _NOTHING = b"null", b"[]"
+_TRUNCATE: Final = Operation.TRUNCATE
+KEY_NOT_SENT: Final = "KeyNotSent"  # the code of such a rejection
+_KEY_NOT_SENT: Final = (
+    "the old key has NULL in a column of the key, where none can be: the row was in a partition whose REPLICA IDENTITY "
+    "has other columns than that of its table. `figbridge check` names it"
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Naming:
-    """How events are named: the templates of `ForwardSection`, and the database's name that fills them."""
-
-    database: str
-    source: str
-    detail_type: str
+_NOT_DECIDED: Final = (
+    "the row has a large value that this update left alone, so the server did not send it, and forward.select.where "
+    "asks for it. Under REPLICA IDENTITY FULL it is sent; or ask for another column"
+)
 
 
 class Shaper:
     """Makes events of one bridge. `begin` for each transaction, then `event` for each of its rows; one thread.
 
     `primary_key` is asked once per table version, for tables with REPLICA IDENTITY FULL, whose RELATION message flags
-    every column as key and so does not say what identifies the row.
+    every column as key and so does not say what identifies the row. `outbox` makes the events of the outbox table.
+
+    With `history` a version of a table that differs from the one before is announced before its first event:
+    `announced` then has what goes first, and whoever takes it empties it.
+
+    Most rows need not come here: `lanes` makes their events from the messages, with `stamp` (see `unroll`). A lane is
+    open from the first row of a table until the server describes any.
     """
 
-    def __init__(self, naming: Naming, numbers: Literal["safe", "exact"], primary_key: PrimaryKey) -> None:
+    def __init__(
+        self,
+        naming: Naming,
+        encoders: Encoders,
+        primary_key: PrimaryKey,
+        *,
+        history: History | None = None,
+        outbox: Outbox | None = None,
+        rules: Rules | None = None,
+    ) -> None:
         self._naming = naming
-        self._encoders = values.encoders(numbers)
+        self._encoders = encoders
         self._primary_key = primary_key
-        self._tables: dict[int, _Table] = {}
-        self._id_prefix = ""
-        self._position = b""
-        self._tail = b""
-        self._time = datetime.fromtimestamp(0, UTC)
+        self.history = history
+        self._outbox = outbox
+        self._rules = rules or Rules()
+        self._tables: dict[int, Table] = {}
+        self._type_names: dict[int, str] = {}
+        self._relation: Relation | None = None  # of the last change, and what we know of it
+        self._table: Table | None = None  # None: the outbox's
+        self._identity = ""
+        self._begin = Begin(Lsn(0), datetime.fromtimestamp(0, UTC), 0)
+        self._debezium = naming.form == "debezium"
+        self._of_rows = debezium.of_rows if self._debezium else place.of_rows
+        self.stamp = self._of_rows(self._begin, "")
+        self.message = b""  # the XLogData of the change in hand
+        self.lanes: dict[bytes, tuple[Operation, int, Lane]] = {}
+        self.announced: list[Event] = []
 
     def begin(self, begin: Begin, identity: str) -> None:
         """Start a transaction; `identity` is the part of the id before the commit LSN, without a dash at its end."""
-        self._id_prefix = f"{identity}-{begin.commit_lsn:016X}-"
-        self._position = b',"position":{"commit_lsn":"%b","ordinal":' % str(begin.commit_lsn).encode()
-        committed = begin.committed_at.isoformat(timespec="microseconds").replace("+00:00", "Z").encode()
-        self._tail = b',"xid":%d},"committed_at":"%b","hops":0,"cause":null}' % (begin.xid, committed)
-        self._time = begin.committed_at
+        self._begin, self._identity = begin, identity
+        self.stamp = self._of_rows(begin, identity)
 
-    def event(self, change: Change) -> Event:
-        """The event of one change of the open transaction."""
-        operation, relation, ordinal, before, before_is_key, after = change
-        table = self._tables.get(relation.oid)
-        if table is None or table.relation is not relation:
-            table = self._compile(relation)
-        unchanged = b"[]"
-        if after is not None and UNCHANGED in after:
-            after, unchanged = table.settle(after, None if before_is_key else before)
-        key_row = after if after is not None else before
-        key = table.key(key_row) if key_row is not None else b"null"
-        identity = f"{self._id_prefix}{ordinal:08X}"
-        source, detail_type, head = table.names[operation]
-        detail = b'{"id":"%b%b%b,"before":%b,"after":%b,"unchanged":%b%b%d%b' % (
-            identity.encode(),
-            head,
-            key,
-            b"null" if before is None else table.key(before) if before_is_key else table.row(before),
-            b"null" if after is None else table.row(after),
-            unchanged,
-            self._position,
-            ordinal,
-            self._tail,
-        )
-        return Event(identity, source, detail_type, f"{table.label}{key.decode()}", self._time, detail)
+    def rewind(self) -> None:
+        """The stream begins anew behind the last commit that was handed over."""
+        self.announced = []
+        if self.history:
+            self.history.forget()
+        self.described()
 
-    def _compile(self, relation: Relation) -> "_Table":
+    def described(self) -> None:
+        """The server describes a table, perhaps anew: no row passes a lane until it was looked at again."""
+        self._relation = None
+        self.lanes.clear()
+
+    def type_name(self, told: TypeName) -> None:
+        """The server names a type before the first table that uses it."""
+        self._type_names[told.oid] = f"{told.schema}.{told.name}"
+
+    def event(self, change: Change) -> Event | Rejection | None:
+        """The event of one change of the open transaction; nothing for a row that stays, and for some of the outbox.
+
+        A rejection when it does not say which row changed, or whether it leaves, or is an outbox row that cannot be
+        routed.
+
+        Raises LegacyUnavailable when a table is new and the catalogue does not answer.
+        """
+        if change.relation is not self._relation:
+            self._turn_to(change.relation, change.ordinal)
+        table = self._table
+        if table is None:
+            return None if self._outbox is None else self._outbox.event(change, self._begin, self._identity)
+        return self._event(table, change) if table.where is None else self._filtered(table, table.where, change)
+
+    def _filtered(self, table: Table, where: Where, change: Change) -> Event | Rejection | None:
+        if change.unsent and change.after is not None:  # of the old row, a value is known after all
+            change = change._replace(after=table.settle(change.after, change.before)[0])
+        try:
+            seen = where.change(change)
+        except Undecided as why:
+            event = self._event(table, why.change)
+            event = event if isinstance(event, Event) else event.event
+            return Rejection(event, NOT_DECIDED, _NOT_DECIDED, retryable=False)
+        return None if seen is None else self._event(table, seen)
+
+    def _event(self, table: Table, change: Change) -> Event | Rejection:
+        if self._debezium:
+            return self._in_debezium(change, table)
+        operation, _, ordinal, before, before_is_key, after, unsent = change
+        old, new, unchanged, old_key = _NULL, _NULL, _NOTHING, None
+        if before is None and after is not None and not unsent:
+            try:
+                key, new = table.write(after)
+            except UnicodeDecodeError:
+                key, new = table.key(after), table.row(after)
+        else:
+            if after is not None:
+                if unsent:
+                    after, unchanged = table.settle(after, before)
+                key, new = table.key(after), table.row(after)
+            else:
+                key = _NULL if before is None else table.key(before)
+            if before is not None:
+                was = table.key(before)
+                old = was if before_is_key else table.row(before)
+                old_key = table.order(before, was)
+        prefix, position, tail, time, _, _, _ = self.stamp
+        identity = f"{prefix}{ordinal:08X}"
+        source, detail_type, resources, _, head, _, _, _ = table.parts[operation]
+        detail = _DETAIL % (identity.encode(), head, key, old, new, unchanged, position, ordinal, tail)
+        whole_table = operation is _TRUNCATE
+        row = before if after is None else after
+        order = f"{table.label}{key.decode()}" if row is None else table.order(row, key)
+        if old_key == order:
+            old_key = None
+        event = Event(identity, source, detail_type, order, time, detail, old_key, whole_table, resources)
+        if before_is_key and before is not None and table.lacks_key(before):
+            return Rejection(event, KEY_NOT_SENT, _KEY_NOT_SENT, retryable=False)
+        return event
+
+    def _in_debezium(self, change: Change, table: Table) -> Event | Rejection:
+        *first, event = debezium.events(change, table, self.stamp, self._lsn())
+        if change.before_is_key and change.before is not None and table.lacks_key(change.before):
+            return Rejection(event, KEY_NOT_SENT, _KEY_NOT_SENT, retryable=False)
+        self.announced += first
+        return event
+
+    def _lsn(self) -> int:
+        """Where the change in hand stands in the WAL; of a snapshot's rows, where they leave."""
+        return int.from_bytes(self.message[1:9]) or self._begin.commit_lsn
+
+    def _turn_to(self, relation: Relation, ordinal: int) -> None:
+        """Another table than that of the change before, or another version of it, or only another connection's."""
+        if self._outbox is not None and self._outbox.routes(relation):
+            self._table = None
+        else:
+            self._table = self._version(relation, ordinal)
+            self.lanes |= self._table.lanes
+        self._relation = relation
+
+    def _version(self, relation: Relation, ordinal: int) -> Table:
         table = self._tables.get(relation.oid)
+        if table is not None and table.relation is relation:
+            return table
         if table is None or table.relation != relation:
-            table = self._tables[relation.oid] = _Table(relation, self._naming, self._encoders, self._keys(relation))
-        table.relation = relation  # a new connection describes the same table again
+            keys = self._keys(relation)
+            table = Table(relation, self._naming, self._encoders, keys, self._type_names, rules=self._rules)
+            self._tables[relation.oid] = table
+        table.relation = relation  # the server may describe the same table again
+        self._meet(table, ordinal)
         return table
+
+    def read(self, table: Table) -> list[Event]:
+        """A snapshot has read rows of `table`, which leave with the open transaction; what is to go first."""
+        self.message = b""
+        self._meet(table, 0)
+        announced, self.announced = self.announced, []
+        return announced
+
+    def _meet(self, table: Table, ordinal: int) -> None:
+        if self.history:
+            version = Version(table.relation.oid, self._begin.commit_lsn, ordinal, table.describe())
+            if previous := self.history.meet(version):
+                self.announced.append(self._announcement(table, previous, ordinal))
+
+    def _announcement(self, table: Table, previous: dict[str, Any], ordinal: int) -> Event:
+        prefix, position, tail, time, *_ = self.stamp
+        identity = f"{prefix}{ordinal:08X}-schema"
+        named = self._naming.of(table.relation.schema, table.relation.name, SCHEMA_CHANGED)
+        if self._debezium:
+            database, lsn = self._naming.database, self._lsn()
+            detail = debezium.announcement(
+                identity, named, database, described=table.describe(), stamp=self.stamp, lsn=lsn
+            )
+        else:
+            # of a column that stays, not even the name leaves, also if it did before
+            columns = [it for it in previous.get("columns", ()) if it["name"] not in table.withheld]
+            described = orjson.dumps({"previous": {**previous, "columns": columns}, **table.describe()})
+            detail = b'{"id":"%b","op":"%b","key":null,%b%b%d%b' % (
+                identity.encode(),
+                SCHEMA_CHANGED.encode(),
+                described[1:-1],
+                position,
+                ordinal,
+                tail,
+            )
+        label = f"{table.label}null"
+        return Event(identity, named.source, named.detail_type, label, time, detail, None, True, named.resources)
 
     def _keys(self, relation: Relation) -> frozenset[str]:
         if relation.identity == "f":
             return frozenset(self._primary_key(relation))
         return frozenset(column.name for column in relation.columns if column.is_key)
-
-
-class _Table:
-    """One version of a table, compiled."""
-
-    def __init__(
-        self, relation: Relation, naming: Naming, encoders: dict[int, values.Encoder], keys: frozenset[str]
-    ) -> None:
-        self.relation = relation
-        self.label = f"{relation}:"
-        self._columns = [
-            (orjson.dumps(column.name) + b":", encoders.get(column.type_oid, values.text))
-            for column in relation.columns
-        ]
-        self._key_columns = [index for index, column in enumerate(relation.columns) if column.name in keys]
-        words = {"database": naming.database, "schema": relation.schema, "table": relation.name}
-        place = b'"schema":%b,"table":%b,"key":' % (orjson.dumps(relation.schema), orjson.dumps(relation.name))
-        self.names = {
-            operation: (
-                naming.source.format(**words),
-                naming.detail_type.format(**words, operation=_PAST[operation]),
-                b'","op":"%b",%b' % (operation.value.encode(), place),
-            )
-            for operation in Operation
-        }
-
-    def row(self, row: Row) -> bytes:
-        """All columns of `row` that were sent, as a JSON object."""
-        parts: list[bytes] = []
-        append = parts.append
-        for value, (label, encode) in zip(row, self._columns, strict=True):
-            if value is None:
-                append(label + b"null")
-            elif isinstance(value, bytes):
-                append(label + encode(value))
-        return b"{%b}" % b",".join(parts)
-
-    def key(self, row: Row) -> bytes:
-        """The key columns of `row` as a JSON object; null when the table has none."""
-        if not self._key_columns:
-            return b"null"
-        parts: list[bytes] = []
-        for index in self._key_columns:
-            value, (label, encode) = row[index], self._columns[index]
-            if value is None:
-                parts.append(label + b"null")
-            elif isinstance(value, bytes):
-                parts.append(label + encode(value))
-        return b"{%b}" % b",".join(parts)
-
-    def settle(self, after: Row, before: Row | None) -> tuple[Row, bytes]:
-        """Fill what the server did not send from the old row, if that is whole; else name it."""
-        if before is not None:
-            after = [old if new is UNCHANGED else new for new, old in zip(after, before, strict=True)]
-        missing = [
-            column.name for column, value in zip(self.relation.columns, after, strict=True) if value is UNCHANGED
-        ]
-        return after, orjson.dumps(missing)

@@ -18,13 +18,21 @@ from dataclasses import dataclass
 from typing import Final
 
 import psycopg
+import structlog
 from psycopg import conninfo, pq, sql
 
+from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import BridgeError, SlotInUse, SlotLost, SourceDisconnected, SourceError
+from figbridge.errors import BridgeError, DecodeError, SlotInUse, SlotLost, SourceDisconnected, SourceError
+from figbridge.forward.liveness import Liveness
+from figbridge.preflight import catalogue
+
+_log = structlog.get_logger()
 
 XLOG_DATA: Final = ord("w")
 KEEPALIVE: Final = ord("k")
+CHUNK_MESSAGES: Final = 1000
+CHUNK_BYTES: Final = 512 * 1024
 PAYLOAD: Final = 25  # where the payload of an XLogData begins: type, start LSN, end LSN, send time
 
 _KEEPALIVE: Final = struct.Struct(">xQqB")  # end LSN, send time, reply requested
@@ -32,7 +40,7 @@ _STATUS: Final = struct.Struct(">cQQQqB")  # 'r', written, flushed, applied, tim
 _EPOCH_SECONDS: Final = 946_684_800  # 2000-01-01, the protocol's epoch
 
 # What `values` relies on. The walsender prints values under these settings of its session.
-_SETTINGS: Final = (
+SETTINGS: Final = (
     "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c bytea_output=hex -c timezone=UTC "
     "-c statement_timeout=0 -c idle_session_timeout=0"
 )
@@ -48,6 +56,8 @@ class Identity:
 
     def timeline_of(self, lsn: Lsn) -> int:
         """The timeline on which a record that starts at `lsn` was written."""
+        if not self.ended:  # asked for each transaction
+            return self.timeline
         return next((timeline for timeline, end in self.ended if lsn < end), self.timeline)
 
 
@@ -64,34 +74,61 @@ class ReplicationSource:
         os.set_blocking(self._wake_write, False)
         self._unsent = False
         self._streaming = False
+        self._over = False  # the server has ended the stream
+        self._dry = True  # the last `receive` took all that had arrived
+        self.acknowledged = Lsn(0)  # what the server was told last that it may forget
+        self.server_end = Lsn(0)  # of its WAL, as far as others have asked; a client that does not read is not told
         self.identity = Identity("", 0, ())
-        self.sender_timeout = 60.0
+        self._liveness = Liveness()
+
+    @property
+    def sender_timeout(self) -> float:
+        """Seconds after which the server ends this session if no status update comes; infinite when it never does."""
+        return self._liveness.sender_timeout
 
     def connect(self, start: Lsn) -> None:
         """Open the stream behind `start`, or where the slot stands if that is further.
 
         The server never goes back behind the slot's confirmed_flush_lsn, and skips nothing but transactions that
         ended at or before `start`.
-        Raises SourceDisconnected or SlotInUse (try again), SlotLost or SourceError.
+        Raises LegacyUnavailable, SourceDisconnected or SlotInUse (try again), SlotLost or SourceError.
         """
         self.disconnect()
+        self.server_end = Lsn(0)
         try:
-            own = conninfo.conninfo_to_dict(self._dsn).get("options") or ""
-            self._connection = psycopg.connect(
-                self._dsn,
-                replication="database",
-                autocommit=True,
-                application_name=f"figbridge-{self._slot}",
-                connect_timeout=10,
-                client_encoding="UTF8",
-                options=f"{own} {_SETTINGS}".strip(),
-            )
-            self.identity = self._identify(self._connection)
-            self.sender_timeout = self._sender_timeout(self._connection)
-            self._start(self._connection, start)
+            self._connection = connection = self._opened()
+            self.identity = self._identify(connection)
+            self._limit(connection, start)
+            self._start(connection, start)
         except psycopg.Error as error:
             self.disconnect()
-            raise self._translate(error.sqlstate, str(error)) from error
+            # without an SQLSTATE nobody got as far as a slot
+            raise (
+                self._translate(error.sqlstate, str(error)) if error.sqlstate else legacy.translate(error)
+            ) from error
+
+    def _opened(self) -> psycopg.Connection:
+        own = conninfo.conninfo_to_dict(self._dsn).get("options") or ""
+        connection = legacy.Connection.connect(
+            self._dsn,
+            replication="database",
+            autocommit=True,
+            application_name=f"figbridge-{self._slot}",
+            client_encoding="UTF8",
+            options=f"{own} {SETTINGS}".strip(),
+            **legacy.socket_settings(self._dsn),  # type: ignore[arg-type]  # libpq's own parameters
+        )
+        connection.add_notice_handler(_tell)
+        connection.patience = legacy.BRIEF  # whoever lets us in and then says nothing must not hold us for ever
+        return connection
+
+    def identify(self) -> Identity:
+        """Who the server is at this moment, without a stream. Raises LegacyUnavailable, SourceError."""
+        try:
+            with self._opened() as connection:
+                return self._identify(connection)
+        except psycopg.Error as error:
+            raise legacy.translate(error) from error
 
     @staticmethod
     def _identify(connection: psycopg.Connection) -> Identity:
@@ -107,18 +144,23 @@ class ReplicationSource:
             ended = tuple((int(number), Lsn.parse(lsn)) for number, lsn in lines)
         return Identity(system, timeline, ended)
 
-    @staticmethod
-    def _sender_timeout(connection: psycopg.Connection) -> float:
-        row = connection.execute("SELECT setting::int FROM pg_settings WHERE name = 'wal_sender_timeout'").fetchone()
-        return row[0] / 1000 if row and row[0] else 60.0  # 0 is "never"
+    def _limit(self, connection: psycopg.Connection, start: Lsn) -> None:
+        configured, chosen = catalogue.sender_timeout(connection)
+        wanted = self._liveness.opened(start, configured, chosen=chosen)
+        if wanted is not None:
+            milliseconds = sql.Literal(int(wanted * 1000))
+            connection.execute(sql.SQL("SET wal_sender_timeout = {}").format(milliseconds))
 
     def _start(self, connection: psycopg.Connection, start: Lsn) -> None:
         names = ",".join('"' + name.replace('"', '""') + '"' for name in self._publications)
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {})").format(
-            sql.Identifier(self._slot), sql.SQL(str(start)), sql.Literal(names)
+        # logical messages since 14; an older server would refuse the option
+        messages = sql.SQL(", messages 'true'" if connection.info.server_version >= 140000 else "")
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}{})").format(
+            sql.Identifier(self._slot), sql.SQL(str(start)), sql.Literal(names), messages
         )
         connection.execute(command)
-        self._streaming = True
+        self._streaming, self._over, self._dry = True, False, True
+        self._liveness.streaming(time.monotonic())
         if connection.pgconn.transaction_status != pq.TransactionStatus.ACTIVE:
             raise SourceError("the server answered START_REPLICATION without starting a stream")
 
@@ -128,40 +170,66 @@ class ReplicationSource:
             raise SourceDisconnected("there is no replication connection")
         return self._connection.pgconn
 
-    def receive(self) -> bytes | None:
-        """The next message that has already arrived, an XLogData or a keepalive; None when there is none yet.
+    def receive(self) -> list[bytes]:
+        """The messages that have already arrived, each an XLogData or a keepalive; none when there is none yet.
 
+        At most `CHUNK_MESSAGES`, and no more after `CHUNK_BYTES`: a call for each would cost as much as what is done
+        with it, and a chunk without an end would have no bound in memory.
         Raises SourceDisconnected when the stream is over, SlotLost or SourceError when the server ended it with one.
         """
+        if self._over:
+            raise self._ended()
+        get, room, size = self._pgconn.get_copy_data, CHUNK_BYTES, 0
+        messages: list[bytes] = []
+        append = messages.append
+        self._dry = False
         try:
-            size, data = self._pgconn.get_copy_data(1)
+            for _ in range(CHUNK_MESSAGES):
+                size, data = get(1)
+                if size == 0:  # nothing whole in libpq's buffer; what has come meanwhile needs no poll
+                    self._pgconn.consume_input()
+                    size, data = get(1)
+                if size <= 0:
+                    self._dry = True
+                    break
+                append(bytes(data))
+                room -= size
+                if room <= 0:
+                    break
         except psycopg.Error as error:
             raise self._translate(error.sqlstate, str(error)) from error
-        if size > 0:
-            return bytes(data)
-        if size == 0:
-            return None
-        raise self._ended()
+        if size < 0:
+            self._over = True  # why, only the first question is told; what came before it is whole
+            if not messages:
+                raise self._ended()
+        return messages
 
     def wait(self, timeout: float, *, reading: bool) -> None:
-        """Return when data arrived (only if `reading`), `wake` was called, or after `timeout` seconds.
+        """Return when `receive` has something (only if `reading`), `wake` was called, or after `timeout` seconds.
 
         With `reading` False the socket is left alone: TCP then pushes back on the walsender, while status updates
-        still reach it. Raises SourceDisconnected.
+        still reach it. Raises SourceDisconnected, also when the server has been silent for too long.
+
+        It reads nothing itself: libpq would double its buffer, and keep it so, for what nobody takes out of it.
         """
-        pgconn = self._pgconn
+        more = reading and not self._dry  # in libpq's buffer, where poll cannot see it
+        pgconn, timeout = self._pgconn, 0.0 if more else max(0.0, timeout)
         poll = select.poll()
         poll.register(self._wake_read, select.POLLIN)
         events = (select.POLLIN if reading else 0) | (select.POLLOUT if self._unsent else 0)
         if events:
             poll.register(pgconn.socket, events)
-        ready = dict(poll.poll(max(0.0, timeout) * 1000))
+        ready = dict(poll.poll(timeout * 1000))
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 65536)
         try:
-            if ready.get(pgconn.socket, 0) & ~select.POLLOUT:
-                pgconn.consume_input()
+            if more or not reading or ready.get(pgconn.socket, 0) & select.POLLIN:
+                self._liveness.heard()
+            if not reading and ready.get(pgconn.socket, 0) & ~select.POLLOUT:
+                pgconn.consume_input()  # says why the connection has ended, which is all that poll tells unasked
+            elif reading and not ready and self._liveness.is_dead(timeout):
+                raise self._translate(None, "the server is silent")
             if self._unsent:
                 self._unsent = pgconn.flush() != 0
         except psycopg.Error as error:
@@ -175,12 +243,14 @@ class ReplicationSource:
     def send_status(self, *, written: Lsn, flushed: Lsn) -> None:
         """A standby status update. The server may forget everything up to `flushed`. Raises SourceDisconnected."""
         now = int((time.time() - _EPOCH_SECONDS) * 1_000_000)
-        message = _STATUS.pack(b"r", max(written, flushed), flushed, flushed, now, 0)
+        message = _STATUS.pack(b"r", max(written, flushed), flushed, flushed, now, self._liveness.asks)
+        self._liveness.said(time.monotonic())
         try:
             self._pgconn.put_copy_data(message)
             self._unsent = self._pgconn.flush() != 0
         except psycopg.Error as error:
             raise self._translate(error.sqlstate, str(error)) from error
+        self.acknowledged = flushed
 
     def finish(self, *, timeout: float = 5.0) -> None:
         """Say CopyDone and wait until the server has read all we said; then the last status is surely in the slot."""
@@ -189,7 +259,7 @@ class ReplicationSource:
             self._pgconn.put_copy_end()
             self._unsent = self._pgconn.flush() != 0
             while (left := deadline - time.monotonic()) > 0:
-                while self.receive() is not None:
+                while self.receive():
                     pass  # what the server had sent before it read our CopyDone; unacknowledged, so it comes again
                 self.wait(left, reading=True)
         except (BridgeError, psycopg.Error):
@@ -243,13 +313,24 @@ class ReplicationSource:
             case "0A000" | "42501" | "42601" | "22023":
                 return SourceError(text, hint="`figbridge check` says what is missing")
             case _:
+                why = self._liveness.ended(time.monotonic()) if self._streaming else ""
+                text = f"{text} ({why})" if why else text
                 return SourceDisconnected(f"no replication connection: {text}", hint="the slot keeps our place")
 
 
 def read_keepalive(message: bytes) -> tuple[Lsn, bool]:
-    """(the server's end of WAL, whether it wants a status update at once) of a keepalive."""
+    """(the server's end of WAL, whether it wants a status update at once) of a keepalive. Raises DecodeError."""
+    if len(message) != _KEEPALIVE.size:
+        raise DecodeError(f"a keepalive has {_KEEPALIVE.size} bytes", kind="k", offset=len(message))
     end, _, reply = _KEEPALIVE.unpack(message)
     return Lsn(end), bool(reply)
+
+
+def _tell(said: psycopg.errors.Diagnostic) -> None:
+    """What the server says beside the stream, such as that it waits for a standby (synchronized_standby_slots)."""
+    if said.severity_nonlocalized == "WARNING":
+        detail, hint = said.message_detail, said.message_hint
+        _log.warning("the server warns", message=said.message_primary, detail=detail, hint=hint)
 
 
 def _as_text(value: object) -> str:

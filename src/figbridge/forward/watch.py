@@ -2,8 +2,8 @@
 
 It has an ordinary connection of its own and reads catalogues only, never a legacy table. What it finds wrong stops the
 bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere meanwhile, and a publication that misses
-a table of the file. From PostgreSQL 18 on the server leaves the changes of such a table out without a word, so nobody
-else would notice.
+a table of the file, or an operation. From PostgreSQL 18 on the server leaves the changes of such a table out without a
+word, and an operation on every version, so nobody else would notice.
 
 It judges only the server that the stream comes from. A replica that waits for the slot exports the slot's gauges too.
 """
@@ -11,18 +11,19 @@ It judges only the server that the stream comes from. A replica that waits for t
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import psycopg
 import structlog
 
 from figbridge import legacy
-from figbridge.errors import SlotLost, SourceError
+from figbridge.change import Lsn
+from figbridge.errors import SlotGap, SlotLost, SourceError
 from figbridge.forward.guard import GuardedSource, SlotGuard, place_of
 from figbridge.forward.incarnation import Place
 from figbridge.metrics import SLOT_STATUSES, Metrics
-from figbridge.preflight import catalogue
+from figbridge.preflight import catalogue, stream
 from figbridge.preflight.catalogue import Name, Slot, spell
 from figbridge.retry import persist
 
@@ -33,7 +34,7 @@ _PACE: Final = 1.0  # seconds between two writes of the bound, at least
 
 
 class SlotWatch:
-    """One loop beside the capture loop. `published` is publication → the tables that must be in it."""
+    """One loop beside the capture loop. `published` is publication → the tables and operations that must be in it."""
 
     name = "slot-watch"
 
@@ -41,7 +42,7 @@ class SlotWatch:
         self,
         guard: SlotGuard,
         source: GuardedSource,
-        published: dict[str, Sequence[Name]],
+        published: Mapping[str, tuple[Sequence[Name], Sequence[str]]],
         metrics: Metrics,
         *,
         every: float = EVERY,
@@ -111,13 +112,21 @@ class SlotWatch:
         if place.timeline != ours.timeline:
             _log.warning("another server was promoted", timeline=place.timeline, streaming_from=ours.timeline)
             return
-        self._guard.look(connection)
-        for name, tables in self._published.items():
-            self._look_at(connection, name, tables)
+        try:
+            self._guard.look(connection)
+        except SlotGap as gap:
+            if not self._source.recreates:
+                raise
+            _log.warning("the stream ends: the slot is lost", error=str(gap))  # and `connect` will see to it
+            return
+        for name, (tables, operations) in self._published.items():
+            self._look_at(connection, name, tables, operations)
         if self._guard.bound.loose:
             self._guard.move(connection, place)
 
-    def _look_at(self, connection: psycopg.Connection, name: str, tables: Sequence[Name]) -> None:
+    def _look_at(
+        self, connection: psycopg.Connection, name: str, tables: Sequence[Name], operations: Sequence[str]
+    ) -> None:
         found = catalogue.publication(connection, name)
         if found is None:
             raise SourceError(
@@ -125,6 +134,10 @@ class SlotWatch:
                 hint="changes since then are in no event. Drop the slot, it is older than what would be made now: "
                 f"SELECT pg_drop_replication_slot('{self._guard.slot}'); then `figbridge init`, and copy the tables",
             )
+        for finding in stream.narrow(name, found, operations):
+            if finding.level == "error":
+                remedy = f"{finding.remedy} Changes since then are in no event: copy the tables anew"
+                raise SourceError(f"{finding.where} {finding.what}", hint=remedy)
         if found.all_tables:
             return
         missing = [table for table in tables if table not in found.tables and table[0] not in found.schemas]
@@ -155,5 +168,6 @@ class SlotWatch:
         if slot and slot.restart is not None and slot.retained is not None:
             end = int(slot.restart) + slot.retained
             self._seen = (now, end)
+            self._source.server_end = Lsn(end)
             if before and end > before[1] and now > before[0]:
                 metrics.slot_seconds.set(max(0.0, room) * (now - before[0]) / (end - before[1]))

@@ -1,0 +1,404 @@
+"""The first of the forward path's two loops: from the slot into the bounded `buffer`; `publish` has the second.
+
+It never blocks on the buffer. When that is full, the loop stops reading the socket but keeps sending status updates:
+TCP pushes back on the walsender while wal_sender_timeout stays satisfied. (A blocking put in that place is the classic
+bug: the server cuts the connection of a client that is merely waiting for its sink.)
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from figbridge.change import (
+    Begin,
+    Change,
+    Commit,
+    LogicalMessage,
+    Lsn,
+    Operation,
+    Origin,
+    Relation,
+    TypeName,
+    timestamp,
+)
+from figbridge.errors import BridgeError, DecodeError
+from figbridge.event import Event, Rejection
+from figbridge.forward.buffer import Batch, Buffer
+from figbridge.forward.checkpoint import Checkpoint
+from figbridge.forward.decode import Decoder, Message
+from figbridge.forward.echo import EchoFilter
+from figbridge.forward.heartbeat import Heartbeats
+from figbridge.forward.messages import Messages
+from figbridge.forward.pingpong import held
+from figbridge.forward.shape import Shaper
+from figbridge.forward.snapshot import PREFIX as SNAPSHOT
+from figbridge.forward.snapshot.reads import Reads
+from figbridge.forward.snapshot.window import Window, Windows
+from figbridge.forward.source import KEEPALIVE, PAYLOAD, XLOG_DATA, ReplicationSource, read_keepalive
+from figbridge.forward.unroll import HEAD
+from figbridge.forward.versions import VersionStore
+from figbridge.metrics import Metrics
+from figbridge.retry import persist
+
+_log = structlog.get_logger()
+
+_BATCH = 500  # events, about, that are handed over while more keep coming; fewer would wake the other loop too often
+_EVENT_OVERHEAD = 520  # bytes of one buffered event beside its detail: measured with tracemalloc, rounded up
+_STATUS_INTERVAL = 10.0  # PostgreSQL's own wal_receiver_status_interval
+_STOP_LATENCY = 0.5  # at most this long until a quiet loop sees that it is to stop
+_RECONNECT = 0.2  # seconds before a new connection after a lost one; failures to connect back off further
+_LOOK_AGAIN = 2.0  # seconds between two such failures, at most: an application comes back from a failover as soon
+_STATUS_PROGRESS = 0.2  # at most this long after an acknowledgement the server learns of it
+
+
+@dataclass(slots=True)
+class _Open:
+    """What one connection knows: its decoder, its open transaction, and the batch that is being filled."""
+
+    identity: str
+    decoder: Decoder = field(default_factory=Decoder)
+    begin: Begin | None = None
+    events: list[Event] = field(default_factory=list)
+    partial: set[int] = field(default_factory=set)
+    tables: dict[int, str] = field(default_factory=dict)
+    server_end: int = 0
+
+
+class Capture:
+    """The loop that owns the replication connection: read, decode, drop echoes, shape, hand over, acknowledge."""
+
+    name = "capture"
+
+    def __init__(
+        self,
+        source: ReplicationSource,
+        *,
+        slot: str,
+        echo: EchoFilter,
+        shaper: Shaper,
+        messages: Messages,
+        heartbeats: Heartbeats | None,
+        versions: VersionStore | None = None,
+        windows: Windows | None = None,
+        buffer: Buffer,
+        checkpoint: Checkpoint,
+        metrics: Metrics,
+        halt: threading.Event,
+    ) -> None:
+        self._windows = windows or Windows()
+        self._source = source
+        self._slot = slot
+        self._echo = echo
+        self._shaper = shaper
+        self._messages = messages
+        self._heartbeats = heartbeats
+        self._versions = versions
+        self._buffer = buffer
+        self._checkpoint = checkpoint
+        self._metrics = metrics
+        self._halt = halt
+        # rows since the last batch, by operation and table: two lookups of small keys, as this is done for each row
+        self._counts: dict[Operation, defaultdict[int, int]] = {it: defaultdict(int) for it in Operation}
+        self._echoes = 0
+        self._commit_end = Lsn(0)
+        self._reported = Lsn(0)
+        self._last_status = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Stream until `stop`, through any number of connections; then drain, acknowledge and end.
+
+        A new connection goes on behind the last commit that was handed over, so what waits in the buffer is not read
+        twice; the slot alone decides what a new process reads.
+        """
+        ready = self._metrics.ready.labels("forward")
+        try:
+            while True:
+                persist(self._connect, what="start replication", stop=stop, longest=_LOOK_AGAIN)
+                self._metrics.reconnects.inc()
+                _log.info(
+                    "replication started",
+                    slot=self._slot,
+                    timeline=self._source.identity.timeline,
+                    after=str(self._checkpoint.tracked),
+                )
+                ready.set(1)
+                if self._heartbeats:
+                    self._heartbeats.opened()
+                self._windows.streaming = True
+                try:
+                    self._stream(stop)
+                except BridgeError as error:
+                    if not error.retryable:
+                        raise
+                    ready.set(0)
+                    _log.warning("replication interrupted", error=str(error), hint=error.hint or None)
+                    self._closed()
+                    stop.wait(_RECONNECT)  # a server that accepts and cuts at once must not be hammered
+                else:
+                    return
+        finally:
+            ready.set(0)
+            self._closed()
+            self._buffer.close()
+
+    def _connect(self) -> None:
+        self._source.connect(self._checkpoint.tracked)
+        if self._shaper.history and self._versions:  # now that nobody else can meet any
+            self._shaper.history.learn(self._versions.load())
+
+    def _closed(self) -> None:
+        self._windows.streaming = False
+        if self._heartbeats:
+            self._heartbeats.closed()
+
+    def _stream(self, stop: threading.Event) -> None:
+        identity = self._source.identity
+        opened = _Open(f"{identity.system_identifier}-{self._slot}")
+        # What the last connection had read and not handed over comes again: forget that it was seen, or its commits
+        # would be acknowledged before its events are durable.
+        self._commit_end = self._checkpoint.tracked
+        self._shaper.rewind()
+        self._windows.interrupted()
+        self._echoes = 0
+        for _ in self._counted():
+            pass
+        self._last_status = time.monotonic()
+        interval = min(_STATUS_INTERVAL, self._source.sender_timeout / 4)
+        while not stop.is_set():
+            asked = self._read_what_arrived(opened, interval)
+            self._status(opened, interval, at_once=asked)
+            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=not self._buffer.full)
+        self._buffer.close()
+        _log.info("stopped reading, draining", batches=self._checkpoint.pending)
+        while self._checkpoint.pending and not self._buffer.abandoned and not self._halt.is_set():
+            self._status(opened, interval, at_once=False)
+            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=False)
+        self._status(opened, interval, at_once=True)
+        self._source.finish()
+
+    def _read_what_arrived(self, opened: _Open, interval: float) -> bool:
+        """Read until nothing is there, the buffer is full or a status is due; whether the server wants one at once.
+
+        A server that is faster than we are always has more, and ends a client of which it hears nothing.
+        """
+        asked = False
+        while not asked and not self._buffer.full and self._until_status(interval) > 0:
+            messages = self._source.receive()
+            if not messages:
+                break
+            asked = self._take(messages, opened)
+            if len(opened.events) >= _BATCH:
+                self._hand_over(opened)
+        self._hand_over(opened)
+        return asked
+
+    def _take(self, messages: Sequence[bytes], opened: _Open) -> bool:
+        """The inner loop: what is written here, each change of the legacy database pays for."""
+        asked = False
+        lanes, rest = self._shaper.lanes, iter(messages)
+        noting, unkeyed, watched = self._windows.open, self._windows.unkeyed, self._echo.watched
+        message = next(rest, b"")
+        while message:
+            lane = lanes.get(message[HEAD])
+            if (
+                lane is not None
+                and opened.begin is not None
+                and not self._echo.ours
+                and lane[1] not in unkeyed
+                and lane[1] not in watched
+            ):
+                operation, table, run = lane
+                first, append = opened.decoder.ordinal, opened.events.append
+                before = len(opened.events)
+                message, opened.decoder.ordinal = run(message, rest, first, self._shaper.stamp, append)
+                if taken := opened.decoder.ordinal - first:
+                    self._counts[operation][table] += taken
+                    if (window := noting.get(table)) is not None:
+                        window.events(opened.events[before:])
+                    continue
+            asked = self._one(message, opened) or asked
+            message = next(rest, b"")
+        return asked
+
+    def _one(self, message: bytes, opened: _Open) -> bool:
+        """One message that no lane takes; whether the server wants a status at once."""
+        kind = message[0]
+        if kind == KEEPALIVE:
+            return self._keepalive(message, opened)
+        if kind != XLOG_DATA:
+            raise DecodeError("neither XLogData nor keepalive", kind=chr(kind), offset=0)
+        try:
+            decoded = opened.decoder.feed(message, PAYLOAD)
+            self._shaper.message = message
+            # not as cases of `match`, which would cost each small transaction as much as a column
+            if type(decoded) is Change:
+                self._row(decoded, opened)
+            elif type(decoded) is Begin:
+                self._begun(decoded, opened)
+            elif type(decoded) is Commit:
+                self._committed(decoded.end_lsn, opened)
+            else:
+                self._between_rows(decoded, message, opened)
+        except DecodeError as error:
+            lsn = str(Lsn(int.from_bytes(message[1:9])))
+            raise DecodeError(error.what, kind=error.kind, offset=error.offset, lsn=lsn) from error
+        except (IndexError, ValueError, OverflowError) as error:
+            # what an encoder makes of a text that its type cannot have, such as a number without digits
+            lsn, what = str(Lsn(int.from_bytes(message[1:9]))), f"a value that its type cannot have ({error})"
+            raise DecodeError(what, kind=chr(message[PAYLOAD]), offset=0, lsn=lsn) from error
+        return False
+
+    def _row(self, change: Change, opened: _Open) -> None:
+        self._counts[change.operation][change.relation.oid] += 1
+        dropped = self._echo.drops(change)
+        if self._windows.open:
+            self._windows.row(change, dropped=dropped)
+        if dropped:
+            self._echoes += 1
+            return
+        if self._echo.ours:
+            self._attribute(opened)
+        event = self._shaper.event(change)
+        if self._echo.holds(change) and isinstance(event, Event):
+            event = held(event)
+            self._metrics.ping_pongs.labels("forward").inc()
+        if change.unsent or self._shaper.announced or change.operation is Operation.TRUNCATE:
+            opened.partial.add(change.relation.oid)
+        if self._shaper.announced:
+            opened.events += self._shaper.announced
+            self._shaper.announced = []
+        if isinstance(event, Event):
+            opened.events.append(event)
+        elif event is not None:
+            self._refuse(event, opened)
+
+    def _begun(self, begin: Begin, opened: _Open) -> None:
+        self._echo.begin(begin.committed_at)
+        opened.begin = begin
+        self._windows.begun(begin.xid)
+        self._shaper.begin(begin, self._identity(opened, begin.commit_lsn))
+
+    def _committed(self, end: Lsn, opened: _Open) -> None:
+        if self._windows.closing:
+            self._windows.close(lambda window: self._hand_over_read(window, end, opened), end)
+        opened.begin = None
+        self._commit_end = end
+        opened.server_end = max(opened.server_end, end)
+
+    def _between_rows(self, decoded: Message, message: bytes, opened: _Open) -> None:
+        match decoded:
+            case Relation():
+                opened.tables[decoded.oid] = str(decoded)
+                self._shaper.described()
+            case TypeName():
+                self._shaper.type_name(decoded)
+            case LogicalMessage():
+                self._logical(decoded, message, opened)
+            case list():  # the tables of one TRUNCATE
+                for change in decoded:
+                    self._row(change, opened)
+            case Origin(_, name):
+                self._echo.came_from(name)
+
+    def _attribute(self, opened: _Open) -> None:
+        """What leaves from here on has the cause that the transaction of ours names."""
+        begin, cause = opened.begin, self._echo.cause
+        if begin is not None and cause is not None and begin.cause != cause:
+            opened.begin = begin = begin._replace(cause=cause)
+            self._shaper.begin(begin, self._identity(opened, begin.commit_lsn))
+
+    def _logical(self, logical: LogicalMessage, message: bytes, opened: _Open) -> None:
+        """A logical message; within a transaction of ours an echo, like its rows.
+
+        One that belongs to no transaction may be acknowledged as a commit's end may.
+        """
+        if opened.begin is not None and logical.transactional and self._echo.hears(logical, opened.decoder.ordinal):
+            return
+        if opened.begin is not None and self._echo.ours:
+            if not self._echo.passes:
+                self._echoes += 1
+                return
+            self._attribute(opened)
+        begin = opened.begin
+        if logical.prefix == SNAPSHOT and begin is not None:
+            self._windows.mark(logical.content)
+            return
+        identity = self._identity(opened, begin.commit_lsn if begin else logical.lsn)
+        left = self._messages.event(logical, begin, identity, timestamp(int.from_bytes(message[17:25])))
+        if isinstance(left, Event):
+            opened.events.append(left)
+        elif left is not None:
+            self._refuse(left, opened)
+        if begin is None:
+            self._commit_end = max(self._commit_end, logical.lsn)
+
+    def _identity(self, opened: _Open, lsn: Lsn) -> str:
+        return f"{opened.identity}-{self._source.identity.timeline_of(lsn)}"
+
+    def _refuse(self, rejection: Rejection, opened: _Open) -> None:
+        """Into the buffer, in its place in the order, for the dead letters."""
+        self._hand_over(opened)
+        size = len(rejection.event.detail) + _EVENT_OVERHEAD
+        self._buffer.put(Batch(self._checkpoint.track(self._commit_end), (), size, (rejection,)))
+
+    def _hand_over(self, opened: _Open) -> None:
+        """Give the batch to the buffer. Its ticket is the last commit before or in it, never an open transaction's."""
+        events = opened.events
+        if events:
+            ticket = self._checkpoint.track(self._commit_end)
+            size = sum([len(event.detail) for event in events]) + _EVENT_OVERHEAD * len(events)
+            versions = self._shaper.history.take() if self._shaper.history else ()
+            self._buffer.put(Batch(ticket, events, size, versions=versions, partial=frozenset(opened.partial)))
+            opened.events, opened.partial = [], set()
+        else:
+            self._checkpoint.advance(self._commit_end)
+        for operation, table, count in self._counted():
+            self._metrics.captured.labels(opened.tables[table], operation).inc(count)
+        if self._echoes:
+            self._metrics.echoes.inc(self._echoes)
+            self._metrics.late_marks.inc(self._echo.late_marks)
+            self._echoes = self._echo.late_marks = 0
+
+    def _hand_over_read(self, window: Window, end: Lsn, opened: _Open) -> Reads:
+        """Give a snapshot's rows to the buffer, with the ticket that acknowledges `end`."""
+        opened.events += self._shaper.read(window.layout.table)
+        self._hand_over(opened)
+        versions = self._shaper.history.take() if self._shaper.history else ()
+        reads = Reads(window, self._shaper.stamp, self._checkpoint.track(end), versions)
+        self._buffer.put_reads(reads)
+        return reads
+
+    def _counted(self) -> Iterator[tuple[Operation, int, int]]:
+        for operation, tables in self._counts.items():
+            for table, count in tables.items():
+                yield operation, table, count
+            tables.clear()
+
+    def _keepalive(self, message: bytes, opened: _Open) -> bool:
+        end, asked = read_keepalive(message)
+        opened.server_end = max(opened.server_end, end)
+        if not opened.decoder.in_transaction:
+            # everything before `end` has been sent, so with nothing left of it in our hands it is delivered
+            self._hand_over(opened)
+            self._commit_end = max(self._commit_end, end)
+            self._checkpoint.advance(end)
+        return asked
+
+    def _status(self, opened: _Open, interval: float, *, at_once: bool) -> None:
+        flushed, since = self._checkpoint.flushed, time.monotonic() - self._last_status
+        due = since >= (_STATUS_PROGRESS if flushed > self._reported else interval)
+        if due or at_once:
+            self._source.send_status(written=self._checkpoint.tracked, flushed=flushed)
+            self._last_status, self._reported = time.monotonic(), flushed
+            self._metrics.flushed_lsn.set(flushed)
+            self._metrics.lag_bytes.set(max(0, max(opened.server_end, self._source.server_end) - flushed))
+        if self._heartbeats:
+            self._heartbeats.acknowledged(self._source.acknowledged)
+
+    def _until_status(self, interval: float) -> float:
+        wanted = _STATUS_PROGRESS if self._checkpoint.flushed > self._reported else interval
+        return self._last_status + wanted - time.monotonic()

@@ -1,0 +1,220 @@
+"""One chunk: read in a transaction of its own, short, under the settings that the walsender prints values with.
+
+INVARIANT. The transaction's snapshot has no transaction in progress that the capture loop has met, and the table is
+locked (ACCESS SHARE) before the snapshot is taken: so the chunk sees all that the stream has told before the low
+watermark, and its rows are of the one schema that is compared with the window's.
+
+Politeness: a lock that is not granted within two seconds, and a statement that takes a minute, are given up and tried
+again later; the reading is broken off when it becomes too long or too large, and what came by then is the chunk.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from figbridge.errors import LegacyUnavailable
+from figbridge.forward.snapshot import plan as plans
+from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.plan import Cursor, Plan
+from figbridge.forward.snapshot.reads import Block
+from figbridge.preflight.catalogue import Name, quote
+
+MOST_BYTES: Final = 6 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
+_BLOCK_ROWS: Final = 500  # and
+_BLOCK_BYTES: Final = 512 * 1024  # of a block, about, which leaves at once
+_SECONDS: Final = 2.0  # after which the reading of a chunk is broken off
+_PATIENCE: Final = 200  # looks, 10 ms apart, whether a commit that was met has become visible
+_BEGIN: Final = """
+BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
+SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '60s'; SET LOCAL jit = off; SET LOCAL row_security = off;
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0;
+LOCK TABLE ONLY {table} IN ACCESS SHARE MODE;
+SELECT pg_is_in_recovery(), ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint)
+"""
+
+
+Line = bytes | bytearray | memoryview  # as psycopg gives it
+
+
+class Gone(Exception):
+    """There is no such table (any more)."""
+
+
+class _Enough(Exception):
+    """What has come is the chunk: it is in order and without a gap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What was read, and where the next chunk begins. `end`: there is none. In seconds and bytes."""
+
+    blocks: Sequence[Block]
+    cursor: Cursor | None
+    end: bool
+    seconds: float
+    size: int
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return sum(block.rows for block in self.blocks)
+
+
+@dataclass(slots=True)
+class Size:
+    """How many rows a chunk asks for: as many as take about `target` seconds, or are about `MOST_BYTES`."""
+
+    target: float = 0.5
+    rows: int = 2000
+    _most: int = 100_000
+
+    def learn(self, rows: int, seconds: float, size: int) -> None:
+        """A chunk of `rows` took `seconds`, and was `size` bytes."""
+        if rows:
+            wanted = int(rows * min(self.target / max(seconds, 0.001), MOST_BYTES / size))
+            self.rows = max(10, min(wanted, 4 * self.rows, self._most))
+
+
+@contextmanager
+def locked(connection: psycopg.Connection, name: Name, met: Callable[[list[int]], bool] | None) -> Iterator[None]:
+    """A transaction with the table locked and a snapshot as it must be. Raises LegacyUnavailable, psycopg.Error, Gone.
+
+    `met` says whether any of these transactions was met in the stream. None on a standby (see `standby`).
+    """
+    # one round trip, for each costs as much as some thousand rows
+    begin = sql.SQL(_BEGIN).format(table=sql.Identifier(*name))
+    for _ in range(_PATIENCE):
+        try:
+            try:
+                results = connection.execute(begin)
+            except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName) as error:
+                raise Gone from error
+            while results.nextset():
+                pass
+            recovers, xids = results.fetchone() or (False, [])
+            if recovers != (met is None):
+                raise LegacyUnavailable("the standby of the snapshot was promoted, or the primary has become one")
+            if met is None or not met([xid & 0xFFFFFFFF for xid in xids]):
+                yield
+                return
+        finally:
+            if not connection.closed:
+                connection.execute("ROLLBACK")
+        time.sleep(0.01)
+    raise LegacyUnavailable("a commit that the stream has told is not visible yet: a synchronous standby is away?")
+
+
+def read(
+    connection: psycopg.Connection,
+    plan: Plan,
+    layout: Layout,
+    cursor: Cursor | None,
+    condition: str | None,
+    *,
+    most: int,
+    again: Sequence[Sequence[str]] = (),
+) -> Chunk:
+    """The rows behind `cursor`, or those with the keys `again`. Call within `locked`."""
+    if plan.path:
+        # the operators of the key's types are looked up there; those of extensions need not be in the role's path
+        path = ", ".join(quote(schema) for schema in ("pg_catalog", *plan.path))
+        connection.execute(
+            "SELECT set_config('search_path', concat_ws(', ', %s::text, nullif(current_setting('search_path'), '')), "
+            "true)",
+            [path],
+        )
+    if again:
+        statement = layout.copy(plans.rows_chunk(plan, layout.query, again, condition))
+        blocks, seconds, size, _ = _blocks(connection, statement, layout.block, bounded=False)
+        return Chunk(blocks, cursor, False, seconds, size)
+    if plan.key:
+        statement = layout.copy(plans.key_chunk(plan, layout.query, cursor, condition, most))
+        blocks, seconds, size, whole = _blocks(connection, statement, layout.block)
+        last: Cursor | None = cursor
+        if blocks:
+            (row,) = layout.rows(_last_line(blocks[-1].text))
+            last = {"columns": list(plan.key), "key": layout.keys(row, plan.indexes(plan.key))}
+        return Chunk(blocks, last, whole and sum(block.rows for block in blocks) < most, seconds, size)
+    place = plans.ctid_leaf(connection, plan, cursor)
+    if place is None:
+        return Chunk((), cursor, True, 0.0, 0)
+    ctid = b"(0,0)"
+
+    def placed(copied: bytes) -> bytes:
+        """Without the first field, of which the last line's is kept."""
+        nonlocal ctid
+        lines = [line.partition(b"\t") for line in copied[:-1].split(b"\n")]
+        ctid = lines[-1][0]
+        return layout.block(b"".join([line + b"\n" for _, _, line in lines]))
+
+    columns = sql.SQL(", ").join([sql.SQL("ctid"), *([layout.query] if plan.relation.columns else [])])
+    statement = layout.copy(plans.ctid_chunk(plan, columns, place, condition))
+    blocks, seconds, size, whole = _blocks(connection, statement, placed)
+    end = f"({plans.ctid_end(place)},0)" if whole else ctid.decode()
+    return Chunk(blocks, place | {"ctid": end}, False, seconds, size)
+
+
+def _last_line(text: bytes) -> bytes:
+    return text[text.rfind(b"\n", 0, -1) + 1 :]
+
+
+def _arrived(connection: psycopg.Connection, copy: psycopg.Copy, lines: list[Line]) -> bool:
+    """Append the lines that are there, waiting for the first; whether there may be more. Raises psycopg.Error.
+
+    What libpq has in its buffer is taken from there: a call of `copy.read` for each line costs several times as much.
+    """
+    first = copy.read()
+    if not first:
+        return False
+    get, append = connection.pgconn.get_copy_data, lines.append
+    append(first)
+    for _ in range(_BLOCK_ROWS):
+        size, data = get(1)
+        if size == 0:
+            break
+        if size < 0:
+            while (result := connection.pgconn.get_result()) is not None:
+                if result.error_message:
+                    raise psycopg.errors.error_from_result(result)
+            return False
+        append(data)
+    return True
+
+
+def _blocks(
+    connection: psycopg.Connection, statement: sql.Composed, made: Callable[[bytes], bytes], *, bounded: bool = True
+) -> tuple[list[Block], float, int, bool]:
+    """The rows, seconds, bytes, and whether all of them came; `bounded`: not all of them need to.
+
+    Blocks are made while the server is at the next rows.
+    """
+    blocks: list[Block] = []
+    began, size = time.monotonic(), 0
+    lines: list[Line] = []
+
+    def cut() -> None:
+        nonlocal size, lines
+        copied = b"".join(lines)
+        size += len(copied)
+        blocks.append(Block(made(copied), len(lines)))
+        lines = []
+
+    try:
+        with connection.cursor() as cursor, cursor.copy(statement) as copy:
+            while _arrived(connection, copy, lines):
+                if len(lines) >= _BLOCK_ROWS or sum(map(len, lines)) >= _BLOCK_BYTES:
+                    cut()
+                if bounded and (size >= 2 * MOST_BYTES or time.monotonic() - began > _SECONDS):
+                    raise _Enough  # noqa: TRY301 (psycopg cancels the statement then, and only then)
+            if lines:
+                cut()
+    except _Enough:
+        if lines:
+            cut()
+        return blocks, time.monotonic() - began, size, False
+    return blocks, time.monotonic() - began, size, True

@@ -1,0 +1,162 @@
+"""`figbridge snapshot`: orders to a running bridge, by rows of figbridge.snapshot, and what has become of them.
+
+Nothing is sent to the bridge: its loop looks once a second, and after each chunk. So an order may be given while no
+bridge runs, and holds when the next one starts.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+import psycopg
+from psycopg import sql
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from figbridge import legacy
+from figbridge.config import Config, split_table
+from figbridge.errors import ConfigError, Problem, SetupError
+from figbridge.forward.snapshot.progress import OPEN, Progress, State, Task
+from figbridge.preflight import catalogue
+from figbridge.preflight.catalogue import Name, quote, spell
+
+Order = Literal["pause", "resume", "cancel"]
+
+_ORDERS: Final[dict[Order, tuple[State, Sequence[State]]]] = {
+    "pause": ("paused", ("waiting", "running")),
+    "resume": ("waiting", ("paused",)),
+    "cancel": ("cancelled", OPEN),
+}
+_LOOK: Final = 0.5  # seconds between two looks at the progress
+
+
+def request(config: Config, tables: Sequence[str], condition: str | None) -> list[str]:
+    """Ask for a snapshot of `tables`, of all tables of the file without any; a line for each.
+
+    `condition` is SQL over the columns of the one table that is named. Raises ConfigError, SetupError, BridgeError.
+    """
+    names = _names(config, tables)
+    if condition is not None and len(tables) != 1:
+        raise ConfigError("which table is --where about?", [Problem("--where", "needs exactly one table", "name it")])
+    with _connected(config) as connection, legacy.translated():
+        if condition is not None:
+            _try(connection, names[0], condition)
+        progress = Progress(config.legacy.slot)
+        lines = []
+        for name in names:
+            if progress.want(connection, name, condition):
+                lines.append(f"{spell(*name)}: asked for")
+            else:
+                lines.append(f"{spell(*name)}: there is one already that has not ended; --cancel it first")
+    return lines
+
+
+def order(config: Config, tables: Sequence[str], what: Order) -> list[str]:
+    """Pause, resume or cancel the snapshots of `tables`, of all without any; a line for each that it is about."""
+    state, of = _ORDERS[what]
+    with _connected(config) as connection, legacy.translated():
+        progress = Progress(config.legacy.slot)
+        names = _names(config, tables) if tables else [task.name for task in progress.tasks(connection)]
+        changed = [name for name in names if progress.order(connection, name, state, of)]
+    return [f"{spell(*name)}: {state if name in changed else 'left as it is'}" for name in names]
+
+
+def status(config: Config) -> list[Task]:
+    """All that is known of this slot's snapshots. Raises SetupError, BridgeError."""
+    with _connected(config) as connection, legacy.translated():
+        return Progress(config.legacy.slot).tasks(connection)
+
+
+def told(task: Task) -> str:
+    """One line about a task."""
+    parts = [f"{spell(*task.name)}: {task.state}", f"{task.rows:,} rows"]
+    if task.estimate:
+        parts[1] += f" of about {task.estimate:,}"
+    if task.state == "running" and task.age:
+        parts.append(f"{task.rows / task.age:,.0f} rows/s")
+    if task.state in OPEN and task.silence > 60:
+        parts.append(f"no progress for {task.silence:,.0f} s; does a bridge run?")
+    if task.message:
+        parts.append(task.message)
+    return ", ".join(parts)
+
+
+def follow(config: Config, console: Console, *, wait: Callable[[float], object] = time.sleep) -> bool:
+    """Show the progress until nothing is left to do; whether all went well. Plain lines where no terminal is.
+
+    Raises SetupError, BridgeError.
+    """
+    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f} rows", TextColumn("{task.fields[rate]}"))
+    shown: dict[Name, tuple[TaskID, str]] = {}
+    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        while True:
+            tasks = status(config)
+            for task in tasks:
+                line = told(task)
+                if task.name not in shown:
+                    shown[task.name] = (bar.add_task(spell(*task.name), rate=""), "")
+                bar_id, before = shown[task.name]
+                rate = f"{task.rows / task.age:,.0f}/s" if task.age and task.state == "running" else task.state
+                total = task.rows if task.state == "done" else max(task.estimate or 0, task.rows) or None
+                bar.update(bar_id, completed=task.rows, total=total, rate=rate)
+                if not console.is_terminal and line != before:
+                    console.print(line, highlight=False, soft_wrap=True)
+                shown[task.name] = (bar_id, line)
+            if not any(task.state in ("waiting", "running") for task in tasks):
+                return all(task.state != "failed" for task in tasks)
+            wait(_LOOK)
+
+
+def _names(config: Config, tables: Sequence[str]) -> list[Name]:
+    known = [split_table(table) for table in config.legacy.tables]
+    if not tables:
+        outbox = config.forward.outbox.table if config.forward and config.forward.outbox else None
+        return [name for name in known if outbox is None or name != split_table(outbox)]
+    found, problems = [], []
+    for table in tables:
+        try:
+            names = [name for name in known if table == name[1]] or [split_table(table)]
+        except ValueError:
+            names = []
+        if len(names) == 1 and names[0] in known:
+            found.append(names[0])
+        else:
+            listed = ", ".join(spell(*name) for name in known)
+            problems.append(Problem(table, "is not one table of legacy.tables", f"there are {listed}"))
+    if problems:
+        raise ConfigError("no snapshot was asked for", problems)
+    return found
+
+
+def _connected(config: Config) -> psycopg.Connection:
+    if config.forward is None:
+        raise ConfigError("no snapshot without a forward path", [Problem("forward", "is missing", "add it")])
+    dsn = config.legacy.dsn.get_secret_value()
+    connection = legacy.connect(dsn, purpose="snapshot-command", autocommit=True)
+    try:
+        there = catalogue.tables(connection, [(legacy.SCHEMA, "snapshot")])
+    except BaseException:
+        connection.close()
+        raise
+    if not there or not config.takes_snapshots:
+        connection.close()
+        remedy = "set forward.snapshot: initial (or forward.slot-guard: table), then `figbridge init`"
+        what = "is not there" if not there else "is not used by a bridge with this file"
+        raise SetupError("a snapshot needs its table", [Problem("figbridge.snapshot", what, remedy)])
+    return connection
+
+
+def _try(connection: psycopg.Connection, name: Name, condition: str) -> None:
+    """Let the server read the condition. Raises ConfigError with its words."""
+    query = sql.SQL("EXPLAIN SELECT FROM {} WHERE ({})").format(sql.SQL(quote(*name)), sql.SQL(condition))
+    try:
+        with connection.transaction():
+            connection.execute("SET TRANSACTION READ ONLY")
+            connection.execute(query, binary=True)  # the extended protocol takes one statement and no more
+    except psycopg.Error as error:
+        failure = legacy.translate(error)
+        if failure.retryable:
+            raise failure from error
+        problem = Problem("--where", str(error).partition("\n")[0], "SQL over the table's columns, such as id > 1000")
+        raise ConfigError("the condition is not understood", [problem]) from error

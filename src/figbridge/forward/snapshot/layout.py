@@ -1,0 +1,232 @@
+r"""How the rows of one version of a table come from the server, and how they become events.
+
+The server writes most values as JSON itself: ``COPY (SELECT id, to_json(note), …)``. It costs the server about 0.1 µs a
+value, on its own core, and what arrives is put into place by one compiled function a table (as `unroll` does it for
+the stream). A block of rows is text, a row a line, a value a field between tabs, and each value is JSON: no value has a
+tab, a line break or one of COPY's escapes in it, so a block is cut by one `split`.
+
+INVARIANT. A value is what the stream would say of it, byte by byte: only such types are left to the server whose
+``to_json`` is the rule of `forward.values` without an exception. All others come as text and go through the very
+encoders of the stream, here (`Layout.block`). The type matrix of the stream is run through both ways and compared.
+
+A row of a snapshot is named by its key: of integers and uuids by their text, of other types by a hash, as a row without
+a key is by a hash of all of it. https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.2
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
+
+import orjson
+from psycopg import sql
+from psycopg.postgres import types as _built_in
+
+from figbridge.change import Operation
+from figbridge.event import Event, attributes
+from figbridge.forward import values
+from figbridge.forward.place import Stamp
+from figbridge.forward.table import Table
+
+Values = tuple[str, ...]  # of a row, as JSON, in the order of its columns
+
+_NULL: Final = b"\\N"
+_ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
+_MEANS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
+# encoders whose rule is to_json's, for every value of their types
+_SERVED: Final = {values.text, values.boolean, values.float_, values.timestamp, values.timestamptz, values.exact_number}
+_NAMED_BY_TEXT: Final = {_built_in[name].oid for name in ("int2", "int4", "int8", "uuid")}
+_UUID: Final = _built_in["uuid"].oid
+_JSONB: Final = _built_in["jsonb"].oid
+
+
+class Layout:
+    """See the module. `keyed`: the key's columns name a row in events; else all of its columns do.
+
+    `query` is what to SELECT of a row.
+    """
+
+    def __init__(self, table: Table, *, keyed: bool) -> None:
+        self.table, self.keyed = table, keyed
+        self._encoders = table.encoders
+        oids = [column.type_oid for column in table.relation.columns]
+        self._ways = [_way(oid, encode) for oid, encode in zip(oids, self._encoders, strict=True)]
+        self._all_served = None not in self._ways
+        self.query = sql.SQL(", ").join(
+            sql.SQL(way or "{}").format(sql.Identifier(column.name))
+            for way, column in zip(self._ways, table.relation.columns, strict=True)
+        )
+        self._options = sql.SQL(" (NULL 'null')" if self._all_served else "")
+        self._parts = table.parts[Operation.READ]
+        by_text = keyed and {oids[index] for index in table.keys} <= _NAMED_BY_TEXT
+        self._functions = _functions(table, keyed=keyed, by_text=[oids[it] for it in table.keys] if by_text else [])
+
+    def copy(self, query: sql.Composed) -> sql.Composed:
+        """The statement that sends the rows of `query`."""
+        return sql.SQL("COPY ({}) TO STDOUT{}").format(query, self._options)
+
+    def block(self, copied: bytes) -> bytes:
+        """Whole lines of COPY → a block. Raises ValueError for a text that its type cannot have."""
+        if self._all_served:
+            # JSON has no raw control character, so nothing else was escaped
+            return copied.replace(b"\\\\", b"\\") if b"\\" in copied else copied
+        lines = [
+            b"\t".join([self._value(index, field) for index, field in enumerate(line.split(b"\t"))])
+            for line in copied[:-1].split(b"\n")
+        ]
+        return b"\n".join(lines) + b"\n"
+
+    def leaving(self, block: bytes, rows: int) -> tuple[bytes, int]:
+        """What of a block leaves, and how many rows that is: all of it, where no rule says otherwise."""
+        return block, rows
+
+    def _value(self, index: int, field: bytes) -> bytes:
+        if field == _NULL:
+            return b"null"
+        if b"\\" in field:
+            field = _ESCAPE.sub(lambda found: _MEANS.get(found[1], found[1]), field)
+        return field if self._ways[index] else self._encoders[index](field)
+
+    def rows(self, block: bytes) -> Iterator[Values]:
+        """The rows of a block."""
+        try:
+            text = block.decode()
+        except UnicodeDecodeError:
+            text = self._mended(block)
+        if not (text and self._ways):
+            return iter([()] * text.count("\n"))
+        fields = iter(text[:-1].replace("\n", "\t").split("\t"))
+        return zip(*[fields] * len(self._ways), strict=True)
+
+    def _mended(self, block: bytes) -> str:
+        """With bytes that are not UTF-8 as the stream's encoders write them."""
+        lines = block.decode(errors="surrogateescape")[:-1].split("\n")
+        return "".join("\t".join(map(_valid, line.split("\t"))) + "\n" for line in lines)
+
+    def names(self, rows: Iterable[Values]) -> list[str]:
+        """What the stream's events about the same rows are noted under."""
+        found: list[str] = self._functions["names"](rows)
+        return found
+
+    def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
+        """These values of a row, as the texts that literals are made of."""
+        return [value if not value.startswith('"') else orjson.loads(value) for value in map(row.__getitem__, indexes)]
+
+    def events(self, rows: Iterable[Values], identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
+        """The events of rows, whose ordinals begin at `ordinal`; `identity` begins their ids."""
+        made: list[Event] = self._functions["events"](
+            rows, identity, stamp.first + ordinal, *self._around(stamp), time=stamp.time
+        )
+        return made
+
+    def lines(self, rows: Iterable[Values], identity: str, stamp: Stamp, ordinal: int) -> bytes:
+        """The envelopes of the same events, each with a line break behind it."""
+        parts = self._parts
+        common = attributes(parts.source, parts.detail_type, stamp.time, parts.resources).decode()
+        position, tail = self._around(stamp)
+        head, common = f'{{"version":"0","id":"{identity}', f'"{common}{parts.start.decode()}'
+        made: list[str] = self._functions["lines"](
+            rows, identity, stamp.first + ordinal, position, f"{tail}}}\n", head, common
+        )
+        return "".join(made).encode()
+
+    def _around(self, stamp: Stamp) -> tuple[str, str]:
+        """What stands before and behind the ordinal."""
+        return f"}}{self._parts.end.decode()}{stamp.read.decode()}", stamp.tail.decode()
+
+
+def _way(oid: int, encode: values.Encoder) -> str | None:
+    """How the server writes a type as JSON, `{}` being the column; None if it cannot as we do."""
+    if oid == _JSONB or encode is values.raw or encode is values.safe_number:
+        return "{}"  # jsonb has no line breaks; numbers are looked at when they are put into place
+    # types of one's own are none of the list: to_json would use their casts to json
+    return "pg_catalog.to_json({})" if oid in _SCALARS and encode in _SERVED else None
+
+
+_SCALARS: Final = {info.oid for info in _built_in}
+
+
+def _valid(value: str) -> str:
+    if value.isascii() or not any("\udc80" <= character <= "\udcff" for character in value):
+        return value
+    if value.startswith('"'):
+        text: str = json.loads(value)
+        return values.text(text.encode(errors="surrogateescape")).decode()
+    return value.encode(errors="backslashreplace").decode()
+
+
+def _number(value: str) -> str:
+    return value if value == "null" else values.safe_number(value.encode()).decode()
+
+
+def _hash(name: str) -> str:
+    return hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
+
+
+class _Pieces:
+    """Constants of a function whose text has numbers alone, each once: ``{p3}`` within an f-string is the fourth."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, str] = {}
+
+    def __call__(self, text: str) -> str:
+        return f"{{{self._found.setdefault(text, f'p{len(self._found)}')}}}"
+
+    @property
+    def namespace(self) -> dict[str, str]:
+        return {name: text for text, name in self._found.items()}
+
+
+def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str, Callable[..., Any]]:
+    """``names``, ``events`` and ``lines``, compiled. Their text is made of numbers alone, as `unroll`'s.
+
+    `by_text` has the types of the key's columns if their text is the end of an id.
+    """
+    piece, labels, width = _Pieces(), [(label or b"").decode() for label in table.labels], range(len(table.labels))
+
+    def members(columns: Iterable[int]) -> str:
+        """Of a JSON object, without its last brace."""
+        pairs = [f"{piece(('{', ',')[place > 0] + labels[it] + ':')}{{v{it}}}" for place, it in enumerate(columns)]
+        return "".join(pairs) or piece("{")
+
+    image = members(width)
+    key = members(table.keys) + piece("}") if table.keys else piece("null")
+    name = key if keyed else image + piece("}")
+    numbers = [
+        f"if len(v{it}) > {values.SAFE_LENGTH} or v{it}[-1] > '9': v{it} = number(v{it})"
+        for it in width
+        if table.encoders[it] is values.safe_number
+    ]
+    if by_text:
+        texts = [
+            f"{{v{it}[1:-1]}}" if oid == _UUID else f"{{v{it}}}" for it, oid in zip(table.keys, by_text, strict=True)
+        ]
+        end, hashed = piece(".").join(texts), []
+    else:
+        end, hashed = "{end}", [f'end = hash(f"{name}")']
+    parts = table.parts[Operation.READ]
+    between, nothing = piece(parts.between.decode()), piece(f"{parts.before.decode()}null{parts.after.decode()}")
+    label, start = piece(table.label), piece(parts.start.decode())
+    detail = f"{{identity}}{end}{between}{key}{nothing}{image}{{position}}{{ordinal}}{{tail}}"
+    about = f'f"{{identity}}{end}", source, detail_type, f"{label}{key}", time'
+    event = f'({about}, f"{start}{detail}".encode(), None, False, resources)'
+    bodies = {
+        "names": [*numbers, f'append(f"{label}{name}")'],
+        "events": [*numbers, *hashed, f"append(new(Event, {event}))", "ordinal += 1"],
+        "lines": [*numbers, *hashed, f'append(f"{{head}}{end}{{common}}{detail}")', "ordinal += 1"],
+    }
+    namespace: dict[str, Any] = {"Event": Event, "new": tuple.__new__, "number": _number, "hash": _hash}
+    namespace |= {"source": parts.source, "detail_type": parts.detail_type, "resources": parts.resources}
+    namespace |= piece.namespace
+    row = "".join(f"v{it}, " for it in width)
+    for function, body in bodies.items():
+        text = [
+            f'def {function}(rows, identity="", ordinal=0, position="", tail="", head="", common="", time=None):',
+            " made = []; append = made.append",
+            f" for {row or '_'} in rows:",
+            *[f"  {line}" for line in body],
+            " return made",
+        ]
+        exec("\n".join(text), namespace)  # noqa: S102 (the text is made of numbers)
+    return {function: namespace[function] for function in bodies}

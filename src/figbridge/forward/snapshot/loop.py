@@ -1,0 +1,334 @@
+"""The loop `snapshot`: takes up the tasks of figbridge.snapshot, one at a time, chunk by chunk.
+
+    low ─▶ wait until it was met ─▶ read ─▶ wait until the chunk before is durable ─▶ note its cursor, offer, high ─┐
+              ▲                                                                                 and the next low   │
+              └─────────────────────────────────────────────────────────────────────────────────────────────────────┘
+
+Watermarks and cursor are one statement, and a high watermark brings the low one of the next window with it: beside its
+rows a chunk costs five round trips and one of the stream.
+
+INVARIANT. At most one chunk of a table is not noted as durable: the next one is read meanwhile and not yet offered. A
+cursor that is noted has no row before it that must still be read again.
+
+Several loops share a process (`Claims`); only the process that has the stream works. What goes wrong with one table
+fails its task, with the reason, and stops neither the other tables nor the stream.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import psycopg
+import structlog
+from psycopg import conninfo
+
+from figbridge import legacy
+from figbridge.errors import BridgeError
+from figbridge.forward.checkpoint import Checkpoint
+from figbridge.forward.sanitize import Rules
+from figbridge.forward.snapshot import chunk, plan, sanitized
+from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.plan import Cursor, Plan
+from figbridge.forward.snapshot.politeness import Pace
+from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
+from figbridge.forward.snapshot.progress import Progress, State, Task
+from figbridge.forward.snapshot.reads import Block
+from figbridge.forward.snapshot.standby import Standby
+from figbridge.forward.snapshot.window import Outcome, Window, Windows
+from figbridge.forward.source import SETTINGS
+from figbridge.forward.table import Naming, Table
+from figbridge.forward.values import Encoders
+from figbridge.metrics import Metrics
+from figbridge.preflight.catalogue import Name, spell
+from figbridge.retry import Stopped, persist
+
+_log = structlog.get_logger()
+
+_LOOK: Final = 1.0  # seconds between two looks for a task
+_TICK: Final = 0.001  # seconds between two looks whether a chunk is durable
+
+
+class Failed(BridgeError):
+    """This table's snapshot cannot go on; the message says why."""
+
+
+class Claims:
+    """Which tables a loop of this process is at; and what to ask for when the stream is open first."""
+
+    def __init__(self, tables: Sequence[Name] = ()) -> None:
+        self._lock = threading.Lock()
+        self._taken: set[Name] = set()
+        self._wanted = list(tables)
+
+    def claim(self, connection: psycopg.Connection, progress: Progress) -> Task | None:
+        """The next task that nobody is at, if there is one. Raises psycopg.Error."""
+        with self._lock:
+            for name in self._wanted:
+                progress.want_first(connection, name)
+            self._wanted = []
+            for task in progress.tasks(connection):
+                if task.state in ("waiting", "running") and task.name not in self._taken:
+                    self._taken.add(task.name)
+                    return task
+        return None
+
+    def release(self, task: Task) -> None:
+        """Its loop has left it."""
+        with self._lock:
+            self._taken.discard(task.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Bridge:
+    """What the loops of one bridge have in common. `system_identifier` is asked while the stream is open."""
+
+    dsn: str
+    slot: str
+    publication: str
+    windows: Windows
+    checkpoint: Checkpoint
+    naming: Naming
+    encoders: Encoders
+    system_identifier: Callable[[], str]
+    claims: Claims
+    metrics: Metrics
+    rules: Rules = field(default_factory=Rules)
+    excluded: Name | None = None  # the outbox: its rows are no state but events
+    standby: str | None = None  # the DSN of a standby that chunks are read from
+
+
+@dataclass(slots=True)
+class _Place:
+    """How far one table is. `noted` is the cursor that may be written, `reached` where the next chunk begins."""
+
+    plan: Plan
+    layout: Layout
+    noted: Cursor | None
+    reached: Cursor | None
+    ended: bool = False
+    again: Sequence[Sequence[str]] = ()
+    left: Outcome | None = None  # of the rows that are on their way
+    window: Window | None = None  # whose low watermark is written
+
+
+class Snapshot:
+    """One loop; `number` tells it from the others."""
+
+    def __init__(self, bridge: Bridge, pace: Pace, *, number: int = 1) -> None:
+        self.name = f"snapshot-{number}"
+        self._bridge = bridge
+        self._dsn = _with(bridge.dsn, f"{SETTINGS} {PROGRESS}")  # values as the walsender prints them
+        self._standby: Standby | None = None
+        self._pace = pace
+        self._progress = Progress(bridge.slot)
+        self._size = chunk.Size()
+        self._stop = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop`."""
+        self._stop = stop
+        while not stop.is_set():
+            if not (self._bridge.windows.streaming and persist(self._some, what="read a snapshot", stop=stop)):
+                stop.wait(_LOOK)
+
+    def _some(self) -> bool:
+        """Work at the next task, as far as it goes; False when there is none. Raises LegacyUnavailable."""
+        with (
+            legacy.connect(self._dsn, purpose="snapshot", autocommit=True) as connection,
+            legacy.translated(),
+        ):
+            task = self._bridge.claims.claim(connection, self._progress)
+            if task is None:
+                return False
+            try:
+                with self._reader():
+                    self._task(connection, task)
+            finally:
+                self._bridge.claims.release(task)
+        return True
+
+    @contextmanager
+    def _reader(self) -> Iterator[None]:
+        if self._bridge.standby is None:
+            yield
+            return
+        dsn = _with(self._bridge.standby, SETTINGS)
+        with Standby.opened(dsn, self._bridge.system_identifier()) as self._standby:
+            yield
+
+    def _task(self, connection: psycopg.Connection, task: Task) -> None:
+        try:
+            self._walk(connection, task)
+        except psycopg.Error as error:
+            failure = legacy.translate(error)
+            if failure.retryable:
+                raise failure from error
+            self._fail(connection, task, failure)
+        except BridgeError as failure:
+            if failure.retryable:
+                raise
+            self._fail(connection, task, failure)
+
+    def _fail(self, connection: psycopg.Connection, task: Task, failure: BridgeError) -> None:
+        _log.error("snapshot failed", table=spell(*task.name), error=str(failure), hint=failure.hint or None)
+        self._progress.fail(connection, task, str(failure))
+        self._bridge.metrics.snapshot_failures.inc()
+
+    def _walk(self, connection: psycopg.Connection, task: Task) -> None:
+        found = self._described(connection, task.name)
+        place = _Place(found, self._compiled(found), task.cursor, task.cursor)
+        if task.cursor and not _fits(task.cursor, found):
+            _log.warning("the table's key changed: its snapshot begins anew", table=spell(*task.name))
+            place.noted = place.reached = None
+        estimate = plan.estimate(connection, found)
+        if not self._progress.start(connection, task, estimate):
+            return
+        _log.info("snapshot", table=spell(*task.name), run=task.run, rows=task.rows, estimate=estimate)
+        try:
+            while not (place.ended and not place.again):
+                if self._pace.wait(connection, self._stop):
+                    self._forget(place)  # it would note all that comes meanwhile
+                rows = self._step(connection, task, place)
+                if rows is None:
+                    return
+                self._pace.took(rows)
+        finally:
+            self._forget(place)
+        if self._mark(connection, task, place) and self._progress.end(connection, task):
+            _log.info("snapshot is done", table=spell(*task.name), run=task.run)
+
+    def _step(self, connection: psycopg.Connection, task: Task, place: _Place) -> int | None:
+        """One window; how many rows were read. None when the task is to be left."""
+        windows, identity = self._bridge.windows, self._identity(task, place.plan)
+        if place.window is None:
+            place.window = windows.begin(place.layout, identity)
+            if self._mark(connection, task, place, low=place.window) != "running":
+                return None
+        window, place.window = place.window, None
+        try:
+            self._until(window.low_met, window)
+            read = self._read(connection, task, place) if not window.closed.is_set() else None
+            if read is None:
+                self._void(connection, task, place, "the table's schema changed", window)
+                return 0
+            window.offered = [Block(*place.layout.leaving(block.text, block.rows)) for block in read.blocks]
+            if not read.end:
+                place.window = windows.begin(place.layout, identity)
+            if self._mark(connection, task, place, high=window, low=place.window) != "running":
+                return None
+            self._until(window.closed, window)
+        finally:
+            windows.forget(window)
+        if window.outcome.void:
+            self._void(connection, task, place, window.outcome.void, window)
+            return read.rows
+        self._left(read, window, place)
+        return read.rows
+
+    def _read(self, connection: psycopg.Connection, task: Task, place: _Place) -> chunk.Chunk | None:
+        """The next chunk; None when the table is not as the window has it."""
+        met: Callable[[list[int]], bool] | None = self._bridge.windows.met
+        reader = connection
+        if self._standby:
+            self._standby.wait(connection, self._stop)
+            reader, met = self._standby.connection, None
+        try:
+            with chunk.locked(reader, task.name, met):
+                if plan.describe(reader, task.name, self._bridge.publication) != place.plan:
+                    return None
+                most = min(self._size.rows, self._pace.most)
+                read = chunk.read(
+                    reader, place.plan, place.layout, place.reached, task.condition, most=most, again=place.again
+                )
+        except chunk.Gone:
+            raise Failed(f"there is no table {spell(*task.name)} any more") from None
+        if not place.again:
+            self._size.learn(read.rows, read.seconds, read.size)
+        return read
+
+    def _identity(self, task: Task, found: Plan) -> str:
+        return f"{self._bridge.system_identifier()}-{self._bridge.slot}-{task.run}-{found.relation.oid}-"
+
+    def _left(self, read: chunk.Chunk, window: Window, place: _Place) -> None:
+        """Rows are on their way; what is read next."""
+        outcome, found = window.outcome, place.plan
+        place.left = outcome
+        if outcome.again and not found.key:
+            return  # by ctid a row is not found again: the chunk is, with the same ids
+        place.ended = place.ended or read.end
+        place.reached = read.cursor
+        place.again = [place.layout.keys(row, found.indexes(found.key)) for row in outcome.again]
+        if not place.again:
+            place.noted = place.reached
+
+    def _void(self, connection: psycopg.Connection, task: Task, place: _Place, why: str, window: Window) -> None:
+        """Look at the table anew; the same rows are read again."""
+        _log.info("a chunk is read again", table=spell(*task.name), reason=window.outcome.void or why)
+        self._bridge.metrics.snapshot_voids.inc()
+        self._size.rows = max(10, self._size.rows // 2)
+        if self._stop.wait(0.05):
+            raise Stopped
+        found = self._described(connection, task.name)
+        if found != place.plan:
+            if found.key != place.plan.key or found.types != place.plan.types:
+                place.noted = place.reached = None
+                place.again, place.ended = (), False
+            place.plan, place.layout = found, self._compiled(found)
+            self._forget(place)
+
+    def _mark(
+        self,
+        connection: psycopg.Connection,
+        task: Task,
+        place: _Place,
+        *,
+        high: Window | None = None,
+        low: Window | None = None,
+    ) -> State | None:
+        """Wait until what has left is durable, write its cursor and these watermarks; the state that is ordered."""
+        rows = 0
+        if place.left:
+            while self._bridge.checkpoint.flushed < place.left.end:
+                if self._stop.wait(_TICK):
+                    raise Stopped
+            rows = place.left.reads.left if place.left.reads else 0
+            self._bridge.metrics.snapshot_rows.labels(str(place.plan.relation)).inc(rows)
+            place.left = None
+        marks = [*([high.content("high")] if high else []), *([low.content("low")] if low else [])]
+        return self._progress.advance(connection, task, place.noted, rows, marks)
+
+    def _forget(self, place: _Place) -> None:
+        if place.window is not None:
+            self._bridge.windows.forget(place.window)
+            place.window = None
+
+    def _described(self, connection: psycopg.Connection, name: Name) -> Plan:
+        if name == self._bridge.excluded:
+            raise Failed(f"{spell(*name)} is the outbox", hint="its rows are events that have left, not a state")
+        found = plan.describe(connection, name, self._bridge.publication)
+        if found is None:
+            raise Failed(f"there is no table {spell(*name)}")
+        return found
+
+    def _compiled(self, found: Plan) -> Layout:
+        names, encoders = self._bridge.naming, self._bridge.encoders
+        keys, rules = frozenset(found.identity), self._bridge.rules
+        table = Table(found.relation, names, encoders, keys, dict(found.type_names), rules=rules)
+        return sanitized.layout(table, keyed=bool(found.identity))
+
+    def _until(self, event: threading.Event, window: Window) -> None:
+        """Wait for the capture loop; a stream that is interrupted voids the window."""
+        while not (event.wait(0.1) or window.closed.is_set()):
+            if self._stop.is_set():
+                raise Stopped
+
+
+def _with(dsn: str, settings: str) -> str:
+    own = conninfo.conninfo_to_dict(dsn).get("options") or ""
+    return conninfo.make_conninfo(dsn, options=f"{own} {settings}".strip())
+
+
+def _fits(cursor: Cursor, found: Plan) -> bool:
+    return cursor.get("columns") == list(found.key) if found.key else "leaf" in cursor

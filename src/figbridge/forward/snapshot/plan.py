@@ -1,0 +1,235 @@
+"""How a table is read: what it is called and made of, its order, and the statement of each chunk.
+
+INVARIANT. A chunk is a stretch of one order, without a gap, whatever ends it: also if its reading is broken off, the
+rows that came are all rows between the cursor and the last of them.
+
+    by key     WHERE (a, b) > (…) ORDER BY a, b LIMIT n              the primary key, or the replica identity's index
+    by ctid    WHERE ctid > … AND ctid < '(block,0)' ORDER BY ctid   where there is none, one partition at a time
+
+Only an index in plain order will do (ascending, the column's collation, the type's default operators): then ``>``,
+ORDER BY and the index mean the same. What a table's rows are called in the stream must be told as pgoutput tells it, or
+the versions of its schema would differ: the columns of the publication, key flags as the replica identity has them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import psycopg
+from psycopg import sql
+
+from figbridge.change import Column, Relation
+from figbridge.errors import BridgeError
+from figbridge.preflight.catalogue import Name, quote, spell
+
+Cursor = dict[str, Any]  # JSON; None is the beginning
+
+_BLOCKS: Final = 64  # of 8 KiB, that a chunk by ctid looks at, at most: the sort in it stays small
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A table as the catalogue has it now.
+
+    `relation` is what the stream's RELATION message says of it. `key` has the columns that the chunks are ordered by
+    and `types` how to write a literal of each; without any, `leaves` are walked by ctid (OID, quoted name).
+    `identity` has the columns that name a row in events. `filter` is the publication's, `path` the schemas in which the
+    operators of the key's types are.
+    """
+
+    relation: Relation
+    quoted: str
+    type_names: tuple[tuple[int, str], ...]
+    identity: tuple[str, ...]
+    key: tuple[str, ...]
+    types: tuple[str, ...]
+    path: tuple[str, ...]
+    filter: str | None
+    leaves: tuple[tuple[int, str], ...]
+
+    def indexes(self, names: Sequence[str]) -> list[int]:
+        """Where these columns are in a row, in their order."""
+        places = {column.name: index for index, column in enumerate(self.relation.columns)}
+        return [places[name] for name in names]
+
+
+def describe(connection: psycopg.Connection, name: Name, publication: str) -> Plan | None:
+    """The plan for a table; None when there is no such table. Raises BridgeError if it cannot be read faithfully."""
+    head = connection.execute(_TABLE, {"schema": name[0], "table": name[1], "publication": publication}).fetchone()
+    if head is None:
+        return None
+    oid, kind, identity, published, filter_, columns, indexes = head
+    if not published:
+        raise BridgeError(
+            f"publication {spell(publication)} does not publish {spell(*name)} under this name",
+            hint="rows that change while a snapshot runs would be wrong: add it to legacy.tables and `figbridge init`; "
+            "a partitioned table needs publish_via_partition_root",
+        )
+    by_name = {column["name"]: column for column in columns}
+    primary: list[str] = next((it["columns"] for it in indexes if it["primary"]), [])
+    named: list[str] = next((it["columns"] for it in indexes if it["identity"]), [])
+    flagged = list(by_name) if identity == "f" else named
+    usable = [it for it in indexes if it["plain"] and all(column in by_name for column in it["columns"])]
+    order: list[str] = next((it["columns"] for it in sorted(usable, key=lambda it: not it["primary"])), [])
+    leaves = connection.execute(_LEAVES, [oid, oid]).fetchall() if not order else []
+    return Plan(
+        relation=Relation(
+            oid,
+            *name,
+            identity,
+            tuple(Column(it["name"], it["type"], it["typmod"], it["name"] in flagged) for it in columns),
+        ),
+        quoted=f"ONLY {quote(*name)}" if kind == "r" else quote(*name),
+        type_names=tuple((it["type"], it["named"]) for it in columns if it["named"]),
+        identity=tuple(primary if identity == "f" else named),
+        key=tuple(order),
+        types=tuple(by_name[it]["written"] for it in order),
+        path=tuple(dict.fromkeys(by_name[it]["schema"] for it in order)),
+        filter=filter_,
+        leaves=tuple((leaf, quote(*names)) for leaf, *names in leaves),
+    )
+
+
+def estimate(connection: psycopg.Connection, plan: Plan) -> int | None:
+    """How many rows the statistics think there are; None when nobody has counted."""
+    row = connection.execute(
+        "SELECT sum(greatest(reltuples, 0))::bigint, bool_or(reltuples >= 0) FROM pg_class WHERE oid IN "
+        "(SELECT %(it)s::oid UNION SELECT relid FROM pg_partition_tree(%(it)s) WHERE isleaf) AND relkind = 'r'",
+        {"it": plan.relation.oid},
+    ).fetchone()
+    return row[0] if row and row[1] else None
+
+
+def key_chunk(
+    plan: Plan, columns: sql.Composable, cursor: Cursor | None, condition: str | None, most: int
+) -> sql.Composed:
+    """At most `most` rows behind `cursor`, {"columns": names, "key": texts}; `columns` is what to say of each."""
+    where = _conditions(plan, condition)
+    if cursor:
+        where.append(sql.SQL("({}) > ({})").format(_listed(plan.key), _literals(plan, cursor["key"])))
+    return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {} LIMIT {}").format(
+        _listed(plan.key), sql.Literal(most)
+    )
+
+
+def rows_chunk(
+    plan: Plan, columns: sql.Composable, keys: Sequence[Sequence[str]], condition: str | None
+) -> sql.Composed:
+    """The rows with these keys, those that are there."""
+    wanted = sql.SQL(", ").join(sql.SQL("({})").format(_literals(plan, key)) for key in keys)
+    where = [*_conditions(plan, condition), sql.SQL("({}) IN ({})").format(_listed(plan.key), wanted)]
+    return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {}").format(_listed(plan.key))
+
+
+def ctid_chunk(plan: Plan, columns: sql.Composable, cursor: Cursor, condition: str | None) -> sql.Composed:
+    """The rows behind `cursor`, {"leaf": OID, "filenode": …, "ctid": text, "until": block}."""
+    name = next(name for oid, name in plan.leaves if oid == cursor["leaf"])
+    where = _conditions(plan, condition)
+    where.append(sql.SQL("ctid > {}::tid").format(sql.Literal(cursor["ctid"])))
+    where.append(sql.SQL("ctid < {}::tid").format(sql.Literal(f"({ctid_end(cursor)},0)")))
+    return _select(columns, sql.SQL("ONLY ") + sql.SQL(name), where) + sql.SQL(" ORDER BY ctid")
+
+
+def ctid_end(cursor: Cursor) -> int:
+    """The block before which a chunk behind `cursor` ends."""
+    block = int(cursor["ctid"].strip("(").split(",")[0])
+    return min(int(cursor["until"]), block + _BLOCKS)
+
+
+def ctid_leaf(connection: psycopg.Connection, plan: Plan, cursor: Cursor | None) -> Cursor | None:
+    """`cursor`, or the beginning of the next table to be walked by ctid; None at the end of the last.
+
+    A table that was rewritten meanwhile (VACUUM FULL) has its rows elsewhere, so it is begun anew. What was appended
+    after the beginning came by the stream.
+    """
+    later = [oid for oid, _ in plan.leaves]
+    if cursor:
+        if cursor["leaf"] in later and int(cursor["ctid"].strip("(").split(",")[0]) < cursor["until"]:
+            row = connection.execute("SELECT pg_relation_filenode(%s)::bigint", [cursor["leaf"]]).fetchone()
+            if row and row[0] == cursor["filenode"]:
+                return cursor
+            later = [oid for oid in later if oid >= cursor["leaf"]]
+        else:
+            later = [oid for oid in later if oid > cursor["leaf"]]
+    for leaf in later:
+        row = connection.execute(
+            "SELECT pg_relation_filenode(%(it)s)::bigint, "
+            "ceil(pg_relation_size(%(it)s) / current_setting('block_size')::numeric)::bigint",
+            {"it": leaf},
+        ).fetchone()
+        if row and row[1]:
+            return {"leaf": leaf, "filenode": row[0], "ctid": "(0,0)", "until": row[1]}
+    return None
+
+
+def _select(columns: sql.Composable, table: sql.Composable, where: list[sql.Composable]) -> sql.Composed:
+    condition = sql.SQL(" WHERE ") + sql.SQL(" AND ").join(where) if where else sql.SQL("")
+    return sql.SQL("SELECT {} FROM {}{}").format(columns, table, condition)
+
+
+def _conditions(plan: Plan, condition: str | None) -> list[sql.Composable]:
+    # the operator's own SQL, in a read-only transaction
+    return [sql.SQL("(") + sql.SQL(it) + sql.SQL(")") for it in (plan.filter, condition) if it]
+
+
+def _listed(names: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _literals(plan: Plan, texts: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(
+        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(written))  # by format_type()
+        for text, written in zip(texts, plan.types, strict=True)
+    )
+
+
+# As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
+# base type (logicalrep_write_typ). to_jsonb, because attnames and rowfilter came with 15.
+_TABLE: Final = """
+SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.told IS NOT NULL, p.told ->> 'rowfilter',
+       (SELECT json_agg(json_build_object(
+                   'name', a.attname, 'type', a.atttypid::bigint, 'typmod', a.atttypmod,
+                   'written', format_type(a.atttypid, a.atttypmod), 'schema', tn.nspname, 'named', base.name
+               ) ORDER BY a.attnum)
+        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
+        LEFT JOIN LATERAL (
+            WITH RECURSIVE domain AS (
+                SELECT t.oid, t.typbasetype AS base WHERE a.atttypid >= 10000
+                UNION ALL SELECT b.oid, b.typbasetype FROM domain d JOIN pg_type b ON b.oid = d.base
+            )
+            SELECT bn.nspname || '.' || b.typname AS name
+            FROM domain d JOIN pg_type b ON b.oid = d.oid JOIN pg_namespace bn ON bn.oid = b.typnamespace
+            WHERE d.base = 0
+        ) AS base ON true
+        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+          AND (p.told -> 'attnames' IS NULL OR p.told -> 'attnames' ? a.attname)
+          AND (a.attgenerated = '' OR current_setting('server_version_num')::int >= 180000
+               AND p.told -> 'attnames' ? a.attname)),
+       (SELECT coalesce(json_agg(json_build_object(
+                   'primary', i.indisprimary, 'identity', CASE c.relreplident WHEN 'd' THEN i.indisprimary
+                                                          WHEN 'i' THEN i.indisreplident ELSE false END,
+                   'columns', k.columns, 'plain', k.plain) ORDER BY i.indexrelid), '[]')
+        FROM pg_index i CROSS JOIN LATERAL (
+            SELECT array_agg(a.attname ORDER BY x.place) AS columns,
+                   bool_and(x.option = 0 AND o.opcdefault AND x.collation_ = a.attcollation) AS plain
+            FROM unnest(i.indkey::int2[], i.indoption::int2[], i.indclass::oid[], i.indcollation::oid[])
+                 WITH ORDINALITY AS x (number, option, class, collation_, place)
+            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = x.number
+            LEFT JOIN pg_opclass o ON o.oid = x.class
+            WHERE x.place <= i.indnkeyatts
+        ) AS k
+        WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
+          AND i.indpred IS NULL AND i.indexprs IS NULL AND (i.indisprimary OR i.indisreplident))
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (
+    SELECT to_jsonb(t) AS told FROM pg_publication_tables t
+    WHERE t.pubname = %(publication)s AND t.schemaname = n.nspname AND t.tablename = c.relname
+) AS p ON true
+WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p')
+"""
+_LEAVES: Final = """
+SELECT c.oid::bigint, n.nspname::text, c.relname::text
+FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind = 'r' AND c.oid IN (SELECT %s::oid UNION SELECT relid FROM pg_partition_tree(%s) WHERE isleaf)
+ORDER BY c.oid
+"""
