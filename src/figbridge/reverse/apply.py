@@ -1,105 +1,74 @@
-"""One event, one transaction: claim the idempotency key, run the mapping's statement, commit.
+"""Events into the legacy database over one connection: all of them at once, and when that fails, who is to blame.
 
-    round trip 1   BEGIN · timeouts · claim · statement        (one pipeline: sent together, answered in order)
-    round trip 2   COMMIT, or ROLLBACK when the claim says duplicate or anything failed
+    solve(all) ──commit──▶ done
+        │ one of these must be to blame
+        ├─▶ solve(all the others)          in one transaction, without them and what comes after them of their entity
+        └─▶ solve(first half), solve(second half), … down to one event, whose error decides (`outcome`)
 
-Invariant: COMMIT is sent only after the answers of both the claim and the statement have been read and are good. So
-sending the statement before the claim's answer is known cannot apply anything twice: a lost claim rolls the statement
-back. In the server they run one after the other, and the claim is the first to write WAL, which makes it the mark of
-the loop guard (`figbridge.forward.echo`).
+So a bad event costs a few transactions and holds nobody up but later events of its own entity, and what a single event
+does in the end is what it would have done alone. Cut by transactions and not by savepoints, because a savepoint would
+hold the locks of the good events while the bad ones are searched for.
 
-Timeouts are set inside the transaction (set_config's third argument, SET LOCAL). Behind PgBouncer's transaction mode a
-session's SET would stay with a server connection that the next transaction may not get, and another client would; and
-startup options are refused by it (https://www.pgbouncer.org/features.html). In the pipeline this costs no round trip.
+INVARIANT. COMMIT is sent only after every answer of the transaction has been read and is good (`transaction`).
 
-Refuses: replication origins (one outlives ROLLBACK and DISCARD ALL, and would hide genuine writes), prepared
-statements (`figbridge.legacy.connect`), and guessing after a lost COMMIT: the claim of the next try knows.
+The first try is the express one (`express`); whatever disappoints it is done step by step (`transaction`).
+
+Refuses: prepared statements behind a pooler, and guessing after a lost COMMIT: the claim of the next try knows.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Final
+import functools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, TypeVar
 
 import psycopg
 from psycopg import conninfo
 from psycopg.pq import TransactionStatus
 
 from figbridge import legacy
-from figbridge.errors import BridgeError, LegacyUnavailable
+from figbridge.errors import LegacyUnavailable
 from figbridge.event import Received
-from figbridge.reverse.mapping import Mapping, Statement, payload_hash
+from figbridge.reverse import conflict, express, transaction
+from figbridge.reverse.guard import LoopGuard
+from figbridge.reverse.mapping import Mapping, Work
+from figbridge.reverse.outcome import (
+    PARENT_MISSING,
+    ROW_WAITS,
+    UPDATE_MISSING,
+    Applied,
+    Awaited,
+    Outcome,
+    contended,
+    raise_if_bug,
+    unavailable,
+    words,
+)
+from figbridge.reverse.parents import missing_parent
+from figbridge.reverse.statement import Statement
+from figbridge.reverse.transaction import Examiner, Suspects
 
-# READ COMMITTED whatever the role's default is: a stricter level cannot see the key of a transaction that committed
-# since the snapshot, and would answer a plain duplicate with 40001.
-_BEGIN: Final = "BEGIN ISOLATION LEVEL READ COMMITTED"
-# synchronous_commit off would let a crash of the server take back what the queue has been told is done.
-_SETTINGS: Final = """
-    SELECT set_config('statement_timeout', $1, true), set_config('lock_timeout', $2, true),
-           set_config('synchronous_commit', CASE current_setting('synchronous_commit')
-                      WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true)
-"""
-_CLAIM: Final = """
-    INSERT INTO figbridge.inbox (source, idempotency_key, payload_hash, event_id) VALUES ($1, $2, $3, $4)
-    ON CONFLICT (source, idempotency_key) DO NOTHING
-"""
-_CLAIMED: Final = "SELECT payload_hash FROM figbridge.inbox WHERE source = $1 AND idempotency_key = $2"
-
-_PARENT_MISSING: Final = "23503"  # foreign_key_violation: another event is to come first
-UPDATE_MISSING: Final = "update_missing"
-_DELETE_MISSING: Final = "delete_missing"
-_KEY_REUSE: Final = "key_reuse"
-
-# What these say is true of the server or the session, not of the event: a standby after a failover (25006), a session
-# cut for idling (25P03), a disk that fails (58). A dead letter for each event would empty the queue for nothing.
-_NOT_THE_EVENTS_FAULT: Final = ("25006", "25P03", "58")
 # What a claim can suffer from because of its values: a character the database's encoding has not (22), a key longer
 # than an index entry may be (54). Anything else that happens to a claim would happen to the next one, too.
 _CLAIM_POISON: Final = ("22", "54")
 
+# Somebody between us and the server hands sessions around, and did not show it (`legacy.direct`):
+# invalid_sql_statement_name, duplicate_prepared_statement.
+_NOT_PREPARED: Final = ("26000", "42P05")
 
-class Outcome(StrEnum):
-    """What became of an event; the values label the metric."""
+_Result = TypeVar("_Result")
 
-    APPLIED = "applied"
-    DUPLICATE = "duplicate"
-    IGNORED = "ignored"
-    RETRY = "retried"
-    DEAD_LETTER = "dead_letter"
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """The outcome of one try. ``reason`` is a SQLSTATE or a word of ours, ``message`` may quote the event."""
-
-    outcome: Outcome
-    reason: str = ""
-    message: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Claim:
-    source: str
-    key: str
-    payload_hash: bytes
-    event_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Answers:
-    """What the pipeline brought: rows claimed and rows written (-1: no answer), and the error that ended it."""
-
-    claimed: int
-    written: int
-    error: psycopg.Error | None
+__all__ = ["Applied", "Applier", "Outcome"]
 
 
 class Applier:
     """Applies events over one connection of its own, opened when needed and again when it broke. For one thread.
 
-    `statement_timeout` and `lock_timeout` are seconds. `on_step` is told ``executed`` (both statements are done, COMMIT
-    is next) and ``committed``: the places where a crash test strikes.
+    `statement_timeout` and `lock_timeout` are seconds. `guard` marks the transactions, where the claim alone is not the
+    mark. `examine` says what stands between the events of a batch and the tables, None where they are simply written;
+    `refuse` what the rules for conflicts make of an error.
+    `on_step` is told ``executed`` (all statements are done, COMMIT is next) and ``committed``: the places where a crash
+    test strikes.
     """
 
     def __init__(
@@ -108,34 +77,67 @@ class Applier:
         *,
         statement_timeout: float,
         lock_timeout: float,
+        guard: LoopGuard | None = None,
+        examine: Callable[[Sequence[Work]], Examiner | None] = conflict.examiner_of,
+        refuse: Callable[[psycopg.Connection, Work, psycopg.Error, str], Examiner | Applied | None] = conflict.refusal,
         on_step: Callable[[str], None] = lambda _step: None,
     ) -> None:
         # identifiers and keys are sent as UTF-8, whatever the encoding of the database is; the server converts
         self._dsn = conninfo.make_conninfo(dsn, client_encoding="UTF8")
-        self._timeouts = [_milliseconds(statement_timeout), _milliseconds(lock_timeout)]
+        self._begin = transaction.beginning(_milliseconds(statement_timeout), _milliseconds(lock_timeout))
         self._patience = statement_timeout + legacy.PATIENCE  # the server's own end of a statement comes first
+        self._guard = guard
+        self._examine, self._refuse = examine, refuse
         self._on_step = on_step
+        self._may_commit: Callable[[], None] = lambda: None
+        self._prepares = True
+        self._hope = express.Hope()
         self._connection: psycopg.Connection | None = None
 
     def apply(self, event: Received, mapping: Mapping) -> Applied:
-        """Apply `event` in one transaction, or find that it is done already.
-
-        RETRY: it waits for another event (its parent row, or the row it updates); nothing was written.
-        DEAD_LETTER: it can never be applied; nothing was written, so the key stays free for a mended event.
-        IGNORED: the row to delete was not there; the key is claimed, so that a repetition is a duplicate.
-        Raises Malformed (poison), LegacyUnavailable (try again; if it was a lost COMMIT, the key will tell) and
-        BridgeError when the inbox itself cannot be written, which no event is to blame for.
-        """
-        statement = mapping.statement(event)
-        claim = _Claim(event.source, mapping.idempotency_key(event), payload_hash(event), event.id)
-        connection = self._connected()
+        """Apply one event; as `apply_all`, but raises LegacyUnavailable when somebody else has the row."""
+        work = mapping.prepare(event)
         try:
-            return self._transaction(connection, claim, statement, mapping)
-        except psycopg.Error as error:
-            _raise_if_bug(error)
-            raise _unavailable(error) from error
-        finally:
-            self._leave_clean(connection)
+            return self._transaction([work], self._run)[work]
+        except Suspects as suspects:
+            if suspects.error is not None and contended(suspects.error):
+                raise unavailable(suspects.error) from suspects.error
+            return self._judged(work, suspects)
+
+    def apply_all(
+        self, works: Sequence[Work], may_commit: Callable[[], None] = lambda: None, *, hopeful: bool = True
+    ) -> dict[Work, Applied]:
+        """Apply `works`, in their order for each entity; what became of each.
+
+        RETRY: it waits for another event or for a lock; nothing was written. DEAD_LETTER: it can never be applied;
+        nothing was written, so the key stays free for a mended event. IGNORED and DUPLICATE: the key is claimed.
+        Raises LegacyUnavailable (try all of them again; if it was a lost COMMIT, the keys will tell) and BridgeError
+        when the inbox itself cannot be written, which no event is to blame for.
+
+        `may_commit` is called before each COMMIT; what it raises rolls back instead. `hopeful`: none of them has come
+        before, as far as anybody knows.
+        """
+        self._may_commit = may_commit
+        outcomes: dict[Work, Applied] = {}
+        for batch in _without_repeated_keys(works):
+            if not (hopeful and self._express(batch, outcomes)):
+                self._solve(batch, outcomes)
+        return outcomes
+
+    def decide(self, work: Work, examiner: Examiner) -> Applied:
+        """Apply one event, with `examiner` between it and the tables. Raises Suspects, and as `apply_all`."""
+        return self._transaction([work], functools.partial(self._run, examiner=examiner))[work]
+
+    def connection(self) -> psycopg.Connection:
+        """The connection, in autocommit mode and idle, for questions to the catalogue and the park."""
+        if self._connection is None or self._connection.closed:
+            connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
+            if self._prepares and legacy.direct(connection):
+                connection.prepare_threshold = sys.maxsize  # what asks for it by itself, and nothing else
+            if self._guard:
+                self._open_guard(self._guard, connection)
+            self._connection = connection
+        return self._connection
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
@@ -143,50 +145,159 @@ class Applier:
             self._connection.close()
             self._connection = None
 
-    def _transaction(
-        self, connection: psycopg.Connection, claim: _Claim, statement: Statement, mapping: Mapping
-    ) -> Applied:
-        answers = self._execute(connection, claim, statement)
-        if answers.claimed == 0:
-            # whatever became of the statement: it is not ours to run
-            connection.execute("ROLLBACK")
-            return _compare(connection, claim)
-        if answers.error is not None:
-            _raise_if_bug(answers.error)
-            return _claim_failed(answers.error) if answers.claimed < 0 else _statement_failed(answers.error)
-        if mapping.action == "update" and answers.written == 0:
-            return Applied(Outcome.RETRY, UPDATE_MISSING, f"no row of {'.'.join(mapping.table)} has this key")
-        self._on_step("executed")
+    @staticmethod
+    def _open_guard(guard: LoopGuard, connection: psycopg.Connection) -> None:
         try:
-            done = connection.execute("COMMIT")
+            guard.opened(connection)
         except psycopg.Error as error:
-            _raise_if_bug(error)
-            return _statement_failed(error)  # deferred constraints and triggers speak here
-        if done.statusmessage != "COMMIT":  # PostgreSQL answers ROLLBACK, without an error, to COMMIT of a failed one
-            raise LegacyUnavailable("the server rolled back instead", hint="nothing is lost; the bridge tries again")
-        self._on_step("committed")
-        if mapping.action == "delete" and answers.written == 0:
-            return Applied(Outcome.IGNORED, _DELETE_MISSING, f"no row of {'.'.join(mapping.table)} has this key")
-        return Applied(Outcome.APPLIED)
+            connection.close()  # it would write without a mark
+            raise unavailable(error) from error
 
-    def _execute(self, connection: psycopg.Connection, claim: _Claim, statement: Statement) -> _Answers:
-        # RawCursor: the SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
-        claiming, writing = psycopg.RawCursor(connection), psycopg.RawCursor(connection)
-        failure: psycopg.Error | None = None
+    def _express(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> bool:
+        """Whether all of them could be applied at once; if not, nothing was done."""
+        if (
+            (self._guard and self._guard.lists)
+            or self._examine(works) is not None
+            or not self._hope.there()
+            or len(works := _not_behind(works, outcomes)) == 0
+        ):
+            return False
         try:
-            with connection.pipeline():  # leaving the block sends Sync and reads every answer
-                connection.execute(_BEGIN)
-                psycopg.RawCursor(connection).execute(_SETTINGS, self._timeouts)
-                claiming.execute(_CLAIM, [claim.source, claim.key, claim.payload_hash, claim.event_id])
-                writing.execute(statement.query, [statement.document])
-        except psycopg.Error as error:
-            failure = error
-        return _Answers(claiming.rowcount, writing.rowcount, failure)
+            applied = self._transaction(works, self._run_express)
+        except Suspects as suspects:
+            self._hope.learn(fulfilled=False)
+            self._divide(works, suspects, outcomes)
+            return True
+        self._hope.learn(fulfilled=applied is not None)
+        outcomes |= applied or {}
+        return applied is not None
 
-    def _connected(self) -> psycopg.Connection:
-        if self._connection is None:
-            self._connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
-        return self._connection
+    def _solve(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> None:
+        works = _not_behind(works, outcomes)
+        if not works:
+            return
+        try:
+            outcomes |= self._transaction(works, self._run)
+        except Suspects as suspects:
+            self._divide(works, suspects, outcomes)
+
+    def _divide(self, works: Sequence[Work], suspects: Suspects, outcomes: dict[Work, Applied]) -> None:
+        if len(works) == 1:
+            outcomes[works[0]] = self._judged(works[0], suspects)
+            return
+        suspected, tainted = set(suspects.works), set()
+        innocent, others = [], []
+        for work in works:
+            if work in suspected or work.entity in tainted:
+                tainted.add(work.entity)
+                others.append(work)
+            else:
+                innocent.append(work)
+        self._solve(innocent, outcomes)
+        if innocent and len(suspected) == 1:
+            # the one to blame is known; what comes after it is not
+            self._solve(others[:1], outcomes)
+            self._solve(others[1:], outcomes)
+            return
+        half = len(others) // 2
+        self._solve(others[:half], outcomes)
+        self._solve(others[half:], outcomes)
+
+    def _run(
+        self,
+        connection: psycopg.Connection,
+        works: Sequence[Work],
+        begin: Sequence[bytes],
+        *,
+        examiner: Examiner | None = None,
+    ) -> dict[Work, Applied]:
+        naming = self._guard.naming(works) if self._guard else None
+        examiner = examiner or self._examine(works)
+        return transaction.run(connection, works, begin, self._step, naming=naming, examiner=examiner)
+
+    def _run_express(
+        self, connection: psycopg.Connection, works: Sequence[Work], begin: Sequence[bytes]
+    ) -> dict[Work, Applied] | None:
+        return express.run(connection, works, begin, self._step)
+
+    def _step(self, step: str) -> None:
+        if step == "executed":
+            self._may_commit()
+        self._on_step(step)
+
+    def _transaction(self, works: Sequence[Work], run: Callable[..., _Result]) -> _Result:
+        connection = self.connection()
+        try:
+            begin = [*self._begin, *self._guard.beginning(connection, works)] if self._guard else self._begin
+            return run(connection, works, begin)
+        except Suspects as suspects:
+            if (error := suspects.error) is not None:
+                self._raise_if_not_the_events(error, claiming=suspects.claiming)
+            raise
+        except psycopg.Error as error:
+            raise_if_bug(error)
+            raise unavailable(error) from error
+        finally:
+            self._leave_clean(connection)
+
+    def _raise_if_not_the_events(self, error: psycopg.Error, *, claiming: bool) -> None:
+        if contended(error):
+            return
+        if error.sqlstate in _NOT_PREPARED:
+            self._prepares = False
+            self.close()
+            raise LegacyUnavailable(
+                "a prepared statement is gone: a pooler gives our session to others",
+                hint="nothing is lost; the bridge goes on without prepared statements",
+            ) from error
+        refused = unavailable(error)
+        if refused.retryable and (error.sqlstate is not None or isinstance(error, psycopg.OperationalError)):
+            raise refused from error
+        if claiming and not (error.sqlstate or "").startswith(_CLAIM_POISON):
+            raise_if_bug(error)
+            refused.hint = "the inbox must be there and ours to write: see `figbridge check`, and `figbridge init`"
+            raise refused from error
+
+    def _judged(self, work: Work, suspects: Suspects) -> Applied:
+        """What the error of a transaction with this event alone says of it."""
+        error = suspects.error
+        if error is None:
+            statement = suspects.awaited[work]
+            message = f"no row of {'.'.join(statement.shape.table)} has this key"
+            awaited = Awaited(statement.shape.table, statement.shape.key, statement.document)
+            return Applied(Outcome.RETRY, UPDATE_MISSING, message, awaited)
+        state = error.sqlstate or "driver"
+        if suspects.claiming and not contended(error):
+            return Applied(Outcome.DEAD_LETTER, state, f"the idempotency key cannot be stored: {words(error)}")
+        if contended(error):
+            return Applied(Outcome.RETRY, state, words(error))
+        query = suspects.query or ""
+        if work.expected and (refused := self._refused(work, error)):
+            return refused
+        if state == PARENT_MISSING:
+            parent = self._parent(work, error)
+            return Applied(Outcome.RETRY, state, words(error), parent, query)
+        return Applied(Outcome.DEAD_LETTER, state, words(error), statement=query)
+
+    def _refused(self, work: Work, error: psycopg.Error) -> Applied | None:
+        """What the rules for conflicts say of the error, and is done; None when they say nothing."""
+        try:
+            refused = self._refuse(self.connection(), work, error, words(error))
+            if refused is None or isinstance(refused, Applied):
+                return refused
+            return self.decide(work, refused)
+        except Suspects as suspects:  # somebody holds the version; the next try will be judged anew
+            state = (suspects.error and suspects.error.sqlstate) or "driver"
+            return Applied(Outcome.RETRY, state, str(suspects))
+        except psycopg.Error as unknown:
+            raise unavailable(unknown) from unknown
+
+    def _parent(self, work: Work, error: psycopg.Error) -> Awaited | None:
+        documents = [(it.shape.table, it.document) for it in work.statements if isinstance(it, Statement)]
+        try:
+            return missing_parent(self.connection(), error, documents)
+        except psycopg.Error as unknown:
+            raise unavailable(unknown) from unknown
 
     def _leave_clean(self, connection: psycopg.Connection) -> None:
         """No transaction stays open between two events, and no broken connection is kept."""
@@ -199,59 +310,46 @@ class Applier:
             self._connection = None
 
 
-def _compare(connection: psycopg.Connection, claim: _Claim) -> Applied:
-    """The key is taken: by this event, or by another one."""
-    row = psycopg.RawCursor(connection).execute(_CLAIMED, [claim.source, claim.key]).fetchone()
-    if row is None:
-        raise LegacyUnavailable("an inbox row was purged while it was looked at", hint="the bridge tries again")
-    if bytes(row[0]) == claim.payload_hash:
-        return Applied(Outcome.DUPLICATE)
-    return Applied(
-        Outcome.DEAD_LETTER,
-        _KEY_REUSE,
-        "the idempotency key was applied before with another payload; the producer must give each change its own key",
-    )
+def _without_repeated_keys(works: Sequence[Work]) -> Iterable[list[Work]]:
+    """Cut where an idempotency key comes a second time: the second one is compared with what the first one left."""
+    if len({work.identity for work in works}) == len(works):
+        yield list(works)
+        return
+    batch: list[Work] = []
+    seen: set[tuple[str, str]] = set()
+    for work in works:
+        if work.identity in seen:
+            yield batch
+            batch, seen = [], set()
+        batch.append(work)
+        seen.add(work.identity)
+    if batch:
+        yield batch
 
 
-def _claim_failed(error: psycopg.Error) -> Applied:
-    state = error.sqlstate or ""
-    if state.startswith(_CLAIM_POISON):
-        return Applied(Outcome.DEAD_LETTER, state, f"the idempotency key cannot be stored: {_message(error)}")
-    refused = _unavailable(error)
-    if not refused.retryable:
-        refused.hint = "the inbox must be there and ours to write: see `figbridge check`, and `figbridge init`"
-    raise refused from error
+def _not_behind(works: Sequence[Work], outcomes: dict[Work, Applied]) -> list[Work]:
+    """Those that follow no event of their entity that waits; the others wait behind it.
+
+    Unless it brings the row that all before it wait for.
+    """
+    waiting: dict[tuple[str, str], bool] = {}  # entity → whether all of its events wait for the row itself
+    for work, applied in outcomes.items():
+        if applied.outcome is Outcome.RETRY:
+            row_missing = applied.reason == UPDATE_MISSING
+            waiting[work.entity] = waiting.get(work.entity, True) and row_missing
+    if not waiting:
+        return list(works)
+    free = []
+    for work in works:
+        behind = waiting.get(work.entity)
+        if behind is None or (behind and work.mapping.makes_row):
+            free.append(work)
+        else:
+            outcomes[work] = Applied(
+                Outcome.RETRY, UPDATE_MISSING if behind else ROW_WAITS, "an earlier event of the same entity waits"
+            )
+    return free
 
 
-def _statement_failed(error: psycopg.Error) -> Applied:
-    if (refused := _unavailable(error)).retryable:
-        raise refused from error
-    state = error.sqlstate or ""
-    outcome = Outcome.RETRY if state == _PARENT_MISSING else Outcome.DEAD_LETTER
-    return Applied(outcome, state, _message(error))
-
-
-def _unavailable(error: psycopg.Error) -> BridgeError:
-    if (error.sqlstate or "").startswith(_NOT_THE_EVENTS_FAULT):
-        return LegacyUnavailable(
-            f"the legacy database cannot write now: {error} (SQLSTATE {error.sqlstate})",
-            hint="nothing is lost; is this the primary, and is it healthy?",
-        )
-    return legacy.translate(error)
-
-
-def _raise_if_bug(error: psycopg.Error) -> None:
-    """No SQLSTATE and not the connection: a misuse of the driver by us. A retry for ever would hide it."""
-    if error.sqlstate is None and not isinstance(error, psycopg.OperationalError):
-        raise error
-
-
-def _message(error: psycopg.Error) -> str:
-    """The server's words without the context, which quotes our own SQL."""
-    diag = error.diag
-    parts = [diag.message_primary, diag.message_detail, diag.message_hint]
-    return " · ".join(part for part in parts if part) or str(error)
-
-
-def _milliseconds(seconds: float) -> str:
-    return str(max(1, round(seconds * 1000)))  # 0 would mean no timeout
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))  # 0 would mean no timeout

@@ -1,14 +1,17 @@
-"""The loop of the reverse path: receive, apply in order, settle.
+"""The loop of the reverse path: receive, apply, settle; while a batch is applied, the next one is received and parsed.
 
-    receive ──▶ for each delivery, in order:
-                  parse, find; held back? ──▶ release       an earlier event of the same row waits
-                  apply
-                    APPLIED, DUPLICATE, IGNORED ──▶ acknowledge
-                    RETRY           ──▶ release with a delay; after max_attempts deliveries a dead letter
-                    poison          ──▶ dead letter, then acknowledge
+    receive ▶ prepare ───────────────────────────┐ batch n+1, this thread
+    apply   batch n, a thread of its own ────────┴▶ park what waits ▶ submit n+1 ▶ dead letters ▶ acknowledge n
 
-Invariant: a delivery is acknowledged only after its transaction committed or its dead letter is durable. Whatever
-ends the loop in between, the message comes again and finds its key or not.
+    APPLIED, DUPLICATE, IGNORED ──▶ acknowledged
+    RETRY                       ──▶ parked, then acknowledged; comes again from the park (`park`)
+    poison                      ──▶ dead letter, then acknowledged
+
+Invariant: a delivery is acknowledged only after its transaction committed, or its dead letter or its place in the park
+is durable, and only while it is ours: one that the source has lost meanwhile is rolled back before COMMIT
+(`Delivery.lost`), for whoever has it now. Whatever ends the loop in between, the message comes again and finds its key
+or not. A batch is applied only after what waits of the batch before it is parked, so no event overtakes another one of
+its entity.
 
 A database or a queue that does not answer is waited for, however long it takes: that says nothing about the event,
 so it is no reason for a dead letter. An exception that nobody foresaw ends the loop and so the bridge, with the
@@ -20,36 +23,55 @@ do hold the event: guard them like the table it was for.
 
 import contextlib
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Literal
 
 import structlog
 
-from figbridge.deadletter import DeadLetter, DeadLetters
+from figbridge.deadletter import DeadLetter, DeadLetters, position_of
 from figbridge.errors import BridgeError, QueueUnavailable
 from figbridge.event import Received
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
-from figbridge.reverse.apply import UPDATE_MISSING, Applied, Applier, Outcome
-from figbridge.reverse.mapping import Malformed, Mapping, Mappings, parse
-from figbridge.reverse.waiting import Waiting
+from figbridge.reverse.apply import Applier
+from figbridge.reverse.drift import Drift
+from figbridge.reverse.mapping import Mappings, Work
+from figbridge.reverse.message import Enveloping, Malformed, hops, parse
+from figbridge.reverse.outcome import MAPPING_BROKEN, PING_PONG, Applied, Outcome
+from figbridge.reverse.park import Park, Parked
 from figbridge.transports import Delivery, Source
 
 _log = structlog.get_logger()
 
-_WAIT = 2.0  # seconds of one empty receive, and so the longest that a soft stop waits for the queue
-_FIRST_DELAY = 1.0  # seconds until an event that waits for another one is delivered again; doubles each time
-_LONGEST_DELAY = 60.0
-_SHORTEST_DELAY = 0.2  # of a held back event whose predecessor is due: without it the two of us would spin
-_UNMAPPED: Final = Applied(Outcome.IGNORED, "unmapped")
-_HELD_BACK: Final = Applied(Outcome.RETRY, "row_waits")
+_WAIT: Final = 2.0  # seconds of one empty receive, and so the longest that a soft stop waits for the queue
+_LOOK: Final = 0.25  # seconds between two looks into a park that is not empty
+_LOOK_INTO_EMPTY: Final = 2.0  # and into one that was: another replica may have parked something
+UNMAPPED: Final = Applied(Outcome.IGNORED, "unmapped")
+_NOBODYS: Final = Applied(Outcome.DEAD_LETTER, "unmapped", "no mapping is for its source and detail-type")
+
+
+@dataclass(slots=True)
+class Item:
+    """One delivery on its way: what it is, and what became of it."""
+
+    delivery: Delivery | Parked
+    event: Received | None = None
+    work: Work | None = None
+    applied: Applied | None = None
 
 
 class Consumer:
     """One loop over one source, and the owner of what it is given: source, applier and store are closed at its end.
 
-    `max_attempts` deliveries is what an event that waits for another one gets. `prepare` is called before the first
-    receive (the loop guard's proof) and may raise Stopped.
+    `park_timeout` is how many seconds an event may wait for another one, `batch_size` the most events of a transaction,
+    `max_hops` the most bridges that an event may have passed, `bare` what makes an envelope where there is none,
+    `unmapped` what becomes of an event that no mapping is for.
+    `prepare` is called before the first receive (the loop guard's proof) and may raise Stopped.
     """
 
     name = "consume"
@@ -62,7 +84,12 @@ class Consumer:
         dead_letters: DeadLetters,
         metrics: Metrics,
         *,
-        max_attempts: int,
+        park_timeout: float,
+        batch_size: int = 500,
+        max_hops: int = 8,
+        bare: Enveloping | None = None,
+        unmapped: Literal["ignore", "dead-letter"] = "ignore",
+        drift: Drift | None = None,
         prepare: Callable[[threading.Event], None] | None = None,
     ) -> None:
         self._source = source
@@ -70,146 +97,264 @@ class Consumer:
         self._applier = applier
         self._dead_letters = dead_letters
         self._metrics = metrics
-        self._max_attempts = max_attempts
-        self._prepare = prepare
-        self._waiting = Waiting()
+        self._batch_size = batch_size
+        self._max_hops = max_hops
+        self._bare = bare
+        self._unmapped = UNMAPPED if unmapped == "ignore" else _NOBODYS
+        self._drift = drift
+        self._prepare_start = prepare
+        self._park = Park(applier.connection, timeout=park_timeout)
+        self._parked = 0
+        self._look_at = 0.0
 
     def run(self, stop: threading.Event) -> None:
-        """Consume until `stop` is set; then finish the delivery in hand and release the others.
+        """Consume until `stop` is set; then finish the batch in hand and release what was received since.
 
         Raises BridgeError when only a human can help, and whatever a bug raises.
         """
         try:
-            if self._prepare:
-                self._prepare(stop)
-            while not stop.is_set():
-                deliveries = persist(lambda: self._source.receive(wait=_WAIT), what="receive", stop=stop)
-                self._settle(deliveries, stop)
+            if self._prepare_start:
+                self._prepare_start(stop)
+            with ThreadPoolExecutor(1, thread_name_prefix="apply") as pool:
+                self._loop(pool, stop)
         except Stopped:
             pass
         finally:
-            self._close()
+            self.close()
 
-    def _settle(self, deliveries: Sequence[Delivery], stop: threading.Event) -> None:
-        for index, delivery in enumerate(deliveries):
-            if stop.is_set():
-                _release(deliveries[index:])
-                raise Stopped
-            try:
-                self._handle(delivery, stop)
-            except Stopped:
-                # whether this one was settled is not known; released or not, a repetition is harmless
-                _release(deliveries[index:])
-                raise
+    def handle(self, deliveries: Sequence[Delivery], stop: threading.Event) -> None:
+        """Apply and settle `deliveries`, and what of the park may go, for a caller that has no queue; once and now.
 
-    def _handle(self, delivery: Delivery, stop: threading.Event) -> None:
-        """Apply and settle one delivery."""
-        event: Received | None = None
+        Raises Stopped when `stop` is set before all of it is done: what is not acknowledged then is to come again.
+        Call `close` in the end.
+        """
+        if self._drift:
+            persist(self._drift.look, what="look at the catalogue", stop=stop)
+        items = [self._prepared(delivery) for delivery in deliveries]
+        self._apply(items, stop)
+        self._keep_waiting(items, stop)
+        self._settle(items, stop)
+        self._look_at = 0.0
+        self._look_around(stop)
+
+    def _loop(self, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+        hand: tuple[list[Item], Future[None]] | None = None
+        received: list[Item] = []
+        if self._drift:  # before the first event: an insert's entity is its primary key
+            persist(self._drift.look, what="look at the catalogue", stop=stop)
         try:
-            event = parse(delivery.body)
-            mapping = self._mappings.find(event)
+            while not stop.is_set():
+                wait = 0.0 if hand else _LOOK if self._parked else _WAIT
+                deliveries = persist(lambda wait=wait: self._source.receive(wait=wait), what="receive", stop=stop)  # type: ignore[misc]
+                received = [self._prepared(delivery) for delivery in deliveries]
+                done = None
+                if hand:
+                    hand[1].result()
+                    done = hand[0]
+                    self._keep_waiting(done, stop)
+                    hand = None
+                self._look_around(stop)
+                if received:
+                    hand, received = (received, pool.submit(self._apply, received, stop)), []
+                if done:
+                    self._settle(done, stop)
+        finally:
+            # whether the batch in hand was settled is not known; a repetition is harmless
+            with contextlib.suppress(Stopped):
+                if hand:
+                    hand[1].result()
+                    self._keep_waiting(hand[0], stop)
+                    self._settle(hand[0], stop)
+                    hand = None
+            _release([it.delivery for it in [*(hand[0] if hand else ()), *received]])
+
+    def _prepared(self, delivery: Delivery | Parked) -> Item:
+        """Everything about a delivery that needs no database."""
+        item = Item(delivery)
+        try:
+            item.event = parse(delivery.body, self._bare)
+            mapping = self._mappings.find(item.event)
             if mapping is None:
-                applied = _UNMAPPED
-            elif (delay := self._held_back(event, mapping)) is not None:
-                self._wait(delivery, event, mapping, _HELD_BACK, delay=delay, stop=stop)
-                return
+                item.applied = self._unmapped
+            elif mapping.broken is not None:
+                item.applied = Applied(Outcome.DEAD_LETTER, MAPPING_BROKEN, mapping.broken)
             else:
-                applied = self._apply(event, mapping, stop)
-                if applied.outcome is Outcome.RETRY and delivery.attempts < self._max_attempts:
-                    self._wait(delivery, event, mapping, applied, delay=_delay(delivery.attempts), stop=stop)
-                    return
+                item.work = mapping.prepare(item.event, again=isinstance(delivery, Parked))
+                if hops(item.event) > self._max_hops:
+                    item.work, item.applied = None, self._held()
         except Malformed as error:
-            applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
-        if applied.outcome is Outcome.RETRY:
-            message = f"{applied.message}; waited in vain for an earlier event"
-            applied = Applied(Outcome.DEAD_LETTER, applied.reason, message)
-        self._finish(delivery, event, applied, stop)
+            item.applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
+        return item
 
-    def _held_back(self, event: Received, mapping: Mapping) -> float | None:
-        if not self._waiting:  # nearly always; no path is evaluated for nothing
-            return None
-        delay = self._waiting.delay((event.source, event.id), mapping.target(event), makes_row=mapping.makes_row)
-        return delay if delay is None else max(delay, _SHORTEST_DELAY)
+    def _held(self) -> Applied:
+        self._metrics.ping_pongs.labels("reverse").inc()
+        message = f"it has passed more than {self._max_hops} bridges (hops): two systems answer each other"
+        return Applied(Outcome.DEAD_LETTER, PING_PONG, message)
 
-    def _apply(self, event: Received, mapping: Mapping, stop: threading.Event) -> Applied:
-        def once() -> Applied:
-            with self._metrics.apply_seconds.time():
-                return self._applier.apply(event, mapping)
+    def _apply(self, items: Sequence[Item], stop: threading.Event) -> None:
+        """Apply what can be applied; the outcomes go into the items. Of the thread that owns the connection."""
+        todo = [(item, item.work) for item in items if item.work is not None]
 
         def count(_error: BridgeError) -> None:
             self._metrics.outcomes.labels(Outcome.RETRY.value).inc()
 
-        return persist(once, what="apply", stop=stop, on_retry=count)
+        for begin in range(0, len(todo), self._batch_size):
+            part = todo[begin : begin + self._batch_size]
 
-    def _wait(
-        self,
-        delivery: Delivery,
-        event: Received,
-        mapping: Mapping,
-        applied: Applied,
-        *,
-        delay: float,
-        stop: threading.Event,
-    ) -> None:
-        """Release `delivery` for `delay` seconds, and remember that its row waits."""
-        _log.info(
-            "event waits for another one",
-            event_id=event.id,
-            detail_type=event.detail_type,
-            reason=applied.reason,
-            attempts=delivery.attempts,
-            delay=round(delay, 1),
-        )
-        key, target = (event.source, event.id), mapping.target(event)
-        row_missing = applied.reason == UPDATE_MISSING or (applied is _HELD_BACK and self._waiting.for_row(key, target))
-        self._waiting.add(key, target, delay, row_missing=row_missing)
-        persist(lambda: delivery.nack(delay=delay), what="release", stop=stop)
-        self._metrics.outcomes.labels(applied.outcome.value).inc()
+            def once(part: Sequence[tuple[Item, Work]] = part) -> dict[Work, Applied]:
+                while True:
+                    ours = [(item, work) for item, work in part if not item.delivery.lost]
+                    if not ours:
+                        return {}
+                    hopeful = all(item.delivery.attempts == 1 for item, _ in ours)
+                    try:
+                        with self._metrics.apply_seconds.time():
+                            return self._applier.apply_all(
+                                [work for _, work in ours], partial(_require, ours), hopeful=hopeful
+                            )
+                    except _Lost:
+                        pass  # rolled back; without those that are not ours any more
 
-    def _finish(self, delivery: Delivery, event: Received | None, applied: Applied, stop: threading.Event) -> None:
-        """Tell what became of `delivery`, make its dead letter durable if it is one, and acknowledge it."""
-        event_id = event.id if event else None
-        if applied.outcome is Outcome.DEAD_LETTER:
-            letter = DeadLetter(
-                direction="reverse",
-                event_id=event_id,
-                reason=applied.reason,
-                message=applied.message,
-                attempts=delivery.attempts,
-                body=delivery.body,
-            )
+            outcomes = persist(once, what="apply", stop=stop, on_retry=count)
+            for item, work in part:
+                item.applied = outcomes.get(work)
+
+    def _keep_waiting(self, items: Sequence[Item], stop: threading.Event) -> None:
+        """Park what waits, before anything later is applied."""
+        waiting = [
+            (item.work, item.applied, item.delivery.body)
+            for item in items
+            if item.work and item.applied and item.applied.outcome is Outcome.RETRY
+        ]
+        if not waiting:
+            return
+        refused = persist(lambda: self._park.add(waiting), what="park", stop=stop)
+        for item in items:
+            if item.work in refused:
+                item.applied = refused[item.work]
+            elif item.applied and item.applied.outcome is Outcome.RETRY:
+                _log.info(
+                    "event waits for another one",
+                    event_id=item.event.id if item.event else None,
+                    reason=item.applied.reason,
+                    attempts=item.delivery.attempts,
+                )
+        self._parked += len(waiting)
+        self._look_at = min(self._look_at, time.monotonic() + _LOOK)
+
+    def _look_around(self, stop: threading.Event) -> None:
+        """Between two batches, when the connection is idle: the catalogue, and what of the park may go."""
+        if self._drift:
+            persist(self._drift.look, what="look at the catalogue", stop=stop)
+        if time.monotonic() < self._look_at:
+            return
+        while (self._count(stop)) and (ready := persist(self._park.ready, what="look into the park", stop=stop)):
+            items = [self._prepared(parked) for parked in ready]
+            for item in items:
+                if isinstance(item.delivery, Parked) and item.delivery.overdue:
+                    message = f"{item.delivery.message}; waited in vain for an earlier event"
+                    item.work, item.applied = None, Applied(Outcome.DEAD_LETTER, item.delivery.reason, message)
+            self._apply(items, stop)
+            self._keep_waiting(items, stop)
+            self._settle(items, stop)
+            if all(item.applied and item.applied.outcome is Outcome.RETRY for item in items):
+                break
+        self._look_at = time.monotonic() + (_LOOK if self._parked else _LOOK_INTO_EMPTY)
+
+    def _count(self, stop: threading.Event) -> int:
+        self._parked = persist(self._park.count, what="look into the park", stop=stop)
+        self._metrics.parked.set(self._parked)
+        return self._parked
+
+    def _settle(self, items: Sequence[Item], stop: threading.Event) -> None:
+        """Make dead letters durable, then acknowledge, then count."""
+        letters = [_letter(item) for item in items if item.applied and item.applied.outcome is Outcome.DEAD_LETTER]
+        if letters:
             # before the acknowledgement: a crash between the two repeats both, and the letter stays one
-            persist(lambda: self._dead_letters.add([letter]), what="write dead letter", stop=stop)
-            _log.error(
-                "event went to the dead letters", event_id=event_id, reason=applied.reason, dead_letter_id=letter.id
-            )
-        elif applied.outcome is not Outcome.APPLIED:
-            _log.info(
-                "event not applied",
-                event_id=event_id,
-                detail_type=event.detail_type if event else None,
-                outcome=applied.outcome.value,
-                reason=applied.reason or None,
-            )
-        persist(delivery.ack, what="acknowledge", stop=stop)
-        if event:
-            self._waiting.remove((event.source, event.id))
-        self._metrics.outcomes.labels(applied.outcome.value).inc()
+            persist(lambda: self._dead_letters.add(letters), what="write dead letter", stop=stop)
+            if self._drift and any(letter.reason.startswith("42") for letter in letters):
+                self._drift.hurry()
+        for item in items:
+            if item.applied and item.applied.outcome is not Outcome.APPLIED:
+                _tell(item)
+        waits = {Outcome.RETRY}
+        parked = [
+            it.delivery
+            for it in items
+            if isinstance(it.delivery, Parked) and it.applied and it.applied.outcome not in waits
+        ]
+        if parked:
+            persist(lambda: self._park.remove(parked), what="leave the park", stop=stop)
+        if delivered := [it.delivery for it in items if not (isinstance(it.delivery, Parked) or it.delivery.lost)]:
+            persist(lambda: self._source.acknowledge(delivered), what="acknowledge", stop=stop)
+        self._tally(items)
 
-    def _close(self) -> None:
+    def _tally(self, items: Sequence[Item]) -> None:
+        for outcome, number in Counter(it.applied.outcome for it in items if it.applied).items():
+            self._metrics.outcomes.labels(outcome.value).inc(number)
+        reasons = Counter(it.applied.reason for it in items if it.applied and it.applied.outcome is Outcome.IGNORED)
+        for reason, number in reasons.items():
+            self._metrics.ignored.labels(reason).inc(number)
+        for it in items:
+            for kind, decision in it.applied.conflicts if it.applied else ():
+                self._metrics.conflicts.labels(kind, decision).inc()
+
+    def close(self) -> None:
+        """Release what it was given. `run` does so by itself."""
         with contextlib.ExitStack() as stack:  # all three, also when one of them fails
             stack.callback(self._dead_letters.close)
             stack.callback(self._applier.close)
             stack.callback(self._source.close)
 
 
-def _delay(attempts: int) -> float:
-    # the exponent is bounded first: the receive count of an old message would overflow a float
-    return min(_FIRST_DELAY * 2.0 ** min(attempts - 1, 16), _LONGEST_DELAY)
+class _Lost(Exception):
+    """A message in hand is somebody else's: nothing may be committed for it."""
 
 
-def _release(deliveries: Sequence[Delivery]) -> None:
+def _require(ours: Sequence[tuple[Item, Work]]) -> None:
+    if any(item.delivery.lost for item, _ in ours):
+        raise _Lost
+
+
+def _letter(item: Item) -> DeadLetter:
+    applied = item.applied or UNMAPPED
+    tables = item.work.mapping.tables if item.work else ()
+    return DeadLetter(
+        direction="reverse",
+        event_id=item.event.id if item.event else None,
+        reason=applied.reason,
+        message=applied.message,
+        attempts=item.delivery.attempts,
+        body=item.delivery.body,
+        statement=applied.statement,
+        table=".".join(tables[0]) if tables else None,
+        position=position_of(item.event.document["detail"]) if item.event else None,
+    )
+
+
+def _tell(item: Item) -> None:
+    event_id, applied = item.event.id if item.event else None, item.applied or UNMAPPED
+    if applied.outcome is Outcome.DEAD_LETTER:
+        _log.error(
+            "event went to the dead letters",
+            event_id=event_id,
+            reason=applied.reason,
+            dead_letter_id=_letter(item).id,
+        )
+    elif applied.outcome is not Outcome.RETRY:
+        _log.info(
+            "event not applied",
+            event_id=event_id,
+            detail_type=item.event.detail_type if item.event else None,
+            outcome=applied.outcome.value,
+            reason=applied.reason or None,
+            conflicts=[f"{kind}: {decision}" for kind, decision in applied.conflicts] or None,
+        )
+
+
+def _release(deliveries: Sequence[Delivery | Parked]) -> None:
     """Give back at once what is not going to be handled. What cannot be given back comes again by itself."""
     for delivery in deliveries:
-        with contextlib.suppress(QueueUnavailable):
-            delivery.nack()
+        if not (isinstance(delivery, Parked) or delivery.lost):
+            with contextlib.suppress(QueueUnavailable):
+                delivery.nack()

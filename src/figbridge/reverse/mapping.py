@@ -1,195 +1,307 @@
-"""From a message to a statement: parse the body, find the mapping, fill in the values.
-
-Values are converted by PostgreSQL, with the column's own type: the statement hands one JSON document to
-``json_populate_record(NULL::table, …)`` and picks its columns. So arrays, composites, ``numeric`` of any length,
-``"NaN"``, ``bytea`` in hex, enums and domains arrive as the table means them, and this file knows no type at all.
-https://www.postgresql.org/docs/current/functions-json.html
-
-Invariant: no digit is lost on the way. Numbers are read as int and Decimal and written as their exact digits.
+"""From an event to what is to be done for it: its key, its version, its statements.
 
 Rules, and what they refuse:
 
-* A ``key`` or ``idempotency_key`` path that yields null or nothing makes the event poison (`Malformed`): a row that
-  is not named cannot be meant.
-* A ``set`` path that yields null *or nothing* writes NULL. JMESPath answers both alike, so absent does not mean
-  "leave as it is"; an event that may lack a field wants a mapping of its own, without that column.
-* Columns that no mapping names keep their defaults on insert. A column of a *domain* that forbids NULL cannot be
-  left out: the record is built before the default applies, and PostgreSQL refuses it with 23502.
-* JMESPath's arithmetic functions know float only and refuse a number with a fraction; let PostgreSQL convert.
+* A ``key``, ``idempotency_key``, ``version`` or ``entity`` path that yields null or nothing makes the event poison
+  (`Malformed`): a row that is not named cannot be meant.
+* A ``set`` path that yields null writes NULL; one that leads nowhere leaves the column alone (an insert: its default),
+  so absent, null and unchanged are three things. A figbridge event's ``unchanged`` columns are absent in ``after``.
+* 42 and "42" are one key, because PostgreSQL converts both with the column's type.
 """
 
 import hashlib
-import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
-from typing import Any, Final, Literal
-
-import jmespath
-import jmespath.exceptions
-from psycopg import sql
+from importlib.metadata import entry_points
+from typing import Any, Final
 
 from figbridge import canary
-from figbridge.config import MappingSection, split_table
-from figbridge.errors import BridgeError, ConfigError, Problem
+from figbridge.change import Lsn
+from figbridge.config import MappingSection, StatementSection, split_table
+from figbridge.errors import ConfigError, Problem
 from figbridge.event import Received
+from figbridge.reverse.message import Malformed, payload_hash, storable, write
+from figbridge.reverse.policy import Expected, Policy
+from figbridge.reverse.statement import Action, Free, Shape, Statement
+from figbridge.reverse.values import ABSENT, Document, Fields, Path, compiled
 
-Action = Literal["insert", "update", "upsert", "delete"]
-
-_RECORD: Final = sql.SQL("json_populate_record(NULL::{table}, $1::json) AS r")
-# An identity column that is GENERATED ALWAYS takes the new system's value where a mapping names it, as PostgreSQL's
-# own apply worker would write it. Without such a column the clause means nothing.
-_INSERT: Final = sql.SQL("INSERT INTO {table} AS t ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} FROM {record}")
-_UPDATE: Final = sql.SQL("UPDATE {table} AS t SET {assignments} FROM {record} WHERE {row}")
-_DELETE: Final = sql.SQL("DELETE FROM {table} AS t USING {record} WHERE {row}")
+ENTRY_POINTS: Final = "figbridge.statements"
+_LONGEST: Final = 500  # characters of an identity; a longer one is known by its hash, which an index can hold
 
 
-class Malformed(BridgeError):
-    """An event that can never be applied, whoever tries: poison.
+@dataclass(slots=True, eq=False)
+class Work:
+    """One event, ready to be applied.
 
-    ``field`` is the field of the envelope, or the path of the mapping, that is wrong. The message says how it should
-    look and never quotes the value, because that may be personal data.
+    identity what the inbox knows it by: source and idempotency key
+    entity   (scope, identity): what versions are compared by, and order is kept by
+    version  a decimal number, None without one
+    again    it was parked before: nothing that is parked holds it back
+    expected of each `Statement`, in their order, what the new system had seen; empty where nobody compares
     """
 
-    reason: Final = "malformed"
+    event: Received
+    mapping: "Mapping"
+    identity: tuple[str, str]
+    payload_hash: bytes
+    entity: tuple[str, str]
+    version: str | None
+    statements: Sequence[Statement | Free]
+    again: bool = False
+    expected: Sequence[Expected | None] = ()
 
-    def __init__(self, field: str, what: str, *, expected: str) -> None:
-        super().__init__(f"{field} {what}; expected {expected}", hint="mend the producer, then redrive the dead letter")
-        self.field = field
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """SQL whose only parameter, ``$1``, is the JSON text `document`: the columns of one row."""
-
-    query: bytes
-    document: str
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The row an event is about, as far as the event says: its key, or all columns when it inserts."""
-
-    table: tuple[str, str]
-    columns: frozenset[tuple[str, str]]
-
-    def may_be(self, other: "Target") -> bool:
-        """Whether both may be the same row: nothing that both of them say differs.
-
-        Two keys of different columns may well be one row, and then order counts; so in doubt, yes.
-        """
-        if self.table != other.table:
-            return False
-        theirs = dict(other.columns)
-        return all(theirs.get(column, value) == value for column, value in self.columns)
+    @property
+    def key(self) -> str:
+        """The idempotency key."""
+        return self.identity[1]
 
 
-def parse(body: bytes) -> Received:
-    """The event of a message body: EventBridge's envelope, bare or as the ``Message`` of an SNS notification.
+class _Row:
+    """The statement of one row: an action on a table."""
 
-    https://docs.aws.amazon.com/eventbridge/latest/ref/overiew-event-structure.html
-    https://docs.aws.amazon.com/sns/latest/dg/sns-message-and-json-formats.html
-    Raises Malformed.
-    """
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise Malformed("the message", "is not UTF-8", expected="a JSON object in UTF-8") from error
-    document = _object(text, "the message")
-    if document.get("Type") == "Notification" and isinstance(document.get("Message"), str):
-        document = _object(document["Message"], "Message of the SNS notification")
-    if not isinstance(document.get("detail"), dict):
-        raise Malformed("detail", _found(document, "detail"), expected="a JSON object")
-    return Received(
-        id=_required_text(document, "id"),
-        source=_required_text(document, "source"),
-        detail_type=_required_text(document, "detail-type"),
-        document=document,
-    )
+    def __init__(self, section: StatementSection) -> None:
+        assert section.into is not None  # noqa: S101 (`StatementSection` has checked it)
+        assert section.action is not None  # noqa: S101
+        self.action: Action = "soft" if section.soft else section.action
+        self.table = split_table(section.into)
+        written = section.soft or section.set
+        self._key = [(column, *compiled(value, f"key {column}")) for column, value in section.key.items()]
+        self._set = [(column, compiled(value, f"set {column}")[1]) for column, value in written.items()]
+        self._field = f"the columns for {'.'.join(self.table)}"
+        # nearly every event has all of them
+        self._columns = (*section.key, *written)
+        self._fields = Fields([*section.key.values(), *written.values()]).get
+        self._shapes: dict[tuple[str, ...], Shape] = {}
+        self._whole = self._shape(tuple(written))
+        self.policy = Policy(section, section.rules) if section.rules else None
+
+    def key_of(self, document: Document) -> dict[str, Any]:
+        """Raises Malformed when a part of the key has no value."""
+        values = {}
+        for column, name, get in self._key:
+            value = get(document)
+            if value is None or value is ABSENT:
+                raise Malformed(name, "yields null or nothing", expected="the key of a row")
+            values[column] = value
+        return values
+
+    def columns(self, document: Document, names: Sequence[str]) -> dict[str, Any]:
+        """The values that are written to these columns; empty when one of them has none."""
+        found = {column: get(document) for column, get in self._set if column in names}
+        if len(found) < len(names) or any(value is None or value is ABSENT for value in found.values()):
+            return {}
+        return {column: found[column] for column in names}
+
+    def row(self, document: Document) -> tuple[Sequence[Any], Statement]:
+        """The values of the key, in its order, and the statement. Raises Malformed."""
+        if self._fields is not None and (found := self._fields(document)) is not None:
+            key = found[: len(self._key)]
+            if None not in key:
+                return key, Statement(self._whole, write(dict(zip(self._columns, found, strict=True)), self._field))
+        values = self.key_of(document)
+        named = tuple(values.values())
+        present = []
+        for column, get in self._set:
+            value = get(document)
+            if value is not ABSENT:
+                values[column] = value
+                present.append(column)
+        return named, Statement(self._shape(tuple(present)), write(values, self._field))
+
+    def statements(self, document: Document) -> Iterable[Statement]:
+        """One. Raises Malformed."""
+        return (self.row(document)[1],)
+
+    def _shape(self, present: tuple[str, ...]) -> Shape:
+        shape = self._shapes.get(present)
+        if shape is None:
+            key = tuple(column for column, *_ in self._key)
+            shape = self._shapes.setdefault(present, Shape(self.action, self.table, key, present))
+        return shape
 
 
-def payload_hash(event: Received) -> bytes:
-    """SHA-256 of the canonical JSON of ``detail``: keys sorted, no spaces, numbers with the digits they came with."""
-    return hashlib.sha256(_json(event.document["detail"], "detail", canonical=True).encode("ascii")).digest()
+class _Sql:
+    """The user's own SQL."""
+
+    def __init__(self, section: StatementSection) -> None:
+        assert section.sql is not None  # noqa: S101 (see _Row)
+        self._query = section.sql
+        self._with = [(name, compiled(value, f"with {name}")[1]) for name, value in section.with_.items()]
+
+    def statements(self, document: Document) -> Iterable[Free]:
+        """One; a parameter whose path leads nowhere is NULL."""
+        return (Free(self._query, {name: _text(get(document), f"with {name}") for name, get in self._with}),)
 
 
-class _Path:
-    """A compiled JMESPath expression that names its place in the configuration."""
+class _Call:
+    """A Python callable, found by its entry point. Raises ConfigError when there is none."""
 
-    __slots__ = ("_compiled", "name")
+    def __init__(self, section: StatementSection) -> None:
+        self._name = section.call or ""
+        found = list(entry_points(group=ENTRY_POINTS, name=self._name))
+        if len(found) != 1:
+            what = f"{len(found) or 'no'} entry points of the group {ENTRY_POINTS} have the name {self._name!r}"
+            raise ConfigError(
+                "a mapping calls what is not there", [Problem("call", what, "install the package that brings it")]
+            )
+        self._function: Callable[[Document], Iterable[tuple[str, dict[str, Any]]]] = found[0].load()
 
-    def __init__(self, expression: str, place: str) -> None:
-        self.name = f"{expression} ({place})"
-        self._compiled = jmespath.compile(expression)
-
-    def value(self, event: Received) -> Any:
-        """What the path yields; None for null and for nothing. Raises Malformed when it cannot be evaluated."""
+    def statements(self, document: Document) -> Iterable[Free]:
+        """As many as it returns. Whatever it raises makes the event poison."""
         try:
-            return self._compiled.search(event.document)
-        # a function of JMESPath that is given what it cannot work with says so in any of these ways
-        except (jmespath.exceptions.JMESPathError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
-            raise Malformed(self.name, "cannot be evaluated", expected="values that its functions take") from error
+            return tuple(
+                Free(query, {name: _text(value, self._name) for name, value in values.items()})
+                for query, values in self._function(document)
+            )
+        except Malformed:
+            raise
+        except Exception as error:
+            raise Malformed(f"call {self._name}", f"raised {type(error).__name__}", expected="statements") from error
 
 
 class Mapping:
-    """One kind of event → one statement on one table. SQL is composed here, once; an event only brings the values."""
+    """One kind of event → its statements. SQL is composed from the mapping; an event only brings the values."""
 
     def __init__(self, section: MappingSection) -> None:
-        self.action: Action = section.action
-        self.table = split_table(section.into)
-        self._key = {column: _Path(path, f"key {column}") for column, path in section.key.items()}
-        self._set = {column: _Path(path, f"set {column}") for column, path in section.set.items()}
+        self.section = section
+        self._parts = [_part(part) for part in section.parts]
+        first = self._parts[0]
+        self._first = first if isinstance(first, _Row) else None
+        self._alone = self._first if len(self._parts) == 1 else None
+        # whether it brings the row that an update may wait for
+        self.makes_row = self._first is not None and self._first.action in {"insert", "upsert"}
+        self.scope = ".".join(first.table) if isinstance(first, _Row) else "/".join(section.match.source)
+        self.tables = tuple(dict.fromkeys(part.table for part in self._parts if isinstance(part, _Row)))
         self._idempotency_key = (
-            _Path(section.idempotency_key, "idempotency_key") if section.idempotency_key is not None else None
+            Path(section.idempotency_key, "idempotency_key") if section.idempotency_key is not None else None
         )
-        self._query = _compose(self.action, self.table, list(self._key), list(self._set)).as_bytes(None)
+        self._version = Path(section.version, "version") if section.version is not None else None
+        self._entity = Path(section.entity, "entity") if section.entity is not None else None
+        # of the table of the first statement; an insert is known by it, see `figbridge.reverse.drift`
+        self.primary_key: tuple[str, ...] = ()
+        # why it cannot be used as the tables are, None when it can
+        self.broken: str | None = None
+        self.deletes = isinstance(first, _Row) and first.action in {"delete", "soft"}
+        rows = [part for part in self._parts if isinstance(part, _Row)]
+        self.policies = tuple(part.policy for part in rows)
+        self._judged = rows if any(self.policies) else ()
 
-    def statement(self, event: Received) -> Statement:
-        """The statement for `event`. Raises Malformed when a key has no value."""
-        values = {**self._key_values(event), **{column: path.value(event) for column, path in self._set.items()}}
-        return Statement(self._query, _json(values, f"the columns for {'.'.join(self.table)}"))
+    def prepare(self, event: Received, *, again: bool = False) -> Work:
+        """What is to be done for `event`. Raises Malformed."""
+        document = event.document
+        statements: Sequence[Statement | Free]
+        key: Sequence[Any]
+        if self._alone is not None:  # nearly always; the key's paths are walked once
+            key, statement = self._alone.row(document)
+            statements = (statement,)
+        else:
+            statements = self.statements(event)
+            key = tuple(self._first.key_of(document).values()) if self._first else ()
+        identity = self._identity(event, key)
+        return Work(
+            event,
+            self,
+            (event.source, self.idempotency_key(event)),
+            payload_hash(event),
+            (self.scope, identity if len(identity) <= _LONGEST else hashlib.sha256(identity.encode()).hexdigest()),
+            _version(self._version, document) if self._version else None,
+            statements,
+            again,
+            self._expected(document, statements) if self._judged else (),
+        )
 
-    @property
-    def makes_row(self) -> bool:
-        """Whether its statement brings a row that was not there."""
-        return self.action in {"insert", "upsert"}
+    def statements(self, event: Received) -> Sequence[Statement | Free]:
+        """In the order in which they run. Raises Malformed."""
+        document = event.document
+        return [statement for part in self._parts for statement in part.statements(document)]
+
+    def _expected(self, document: Document, statements: Sequence[Statement | Free]) -> Sequence[Expected | None]:
+        made = [it for it in statements if isinstance(it, Statement)]  # one of each row, whatever stands between them
+        return [
+            row.policy.expected(document, statement, row.key_of(document)) if row.policy else None
+            for row, statement in zip(self._judged, made, strict=True)
+        ]
 
     def idempotency_key(self, event: Received) -> str:
         """The producer's key, or the event's id where the mapping names none. Raises Malformed."""
         if self._idempotency_key is None:
             return event.id
-        value = self._idempotency_key.value(event)
-        if isinstance(value, bool) or not isinstance(value, str | int):
-            raise Malformed(self._idempotency_key.name, "yields no key", expected="a string or an integer")
-        return _storable(str(value), self._idempotency_key.name)
+        return _name(self._idempotency_key, event.document, "yields no key")
 
-    def target(self, event: Received) -> Target:
-        """The row that `event` is about. Raises Malformed."""
-        values = self._key_values(event) or {column: path.value(event) for column, path in self._set.items()}
-        # 42 and "42" are one key to PostgreSQL, which converts both with the column's type
-        texts = (
-            (column, value if isinstance(value, str) else _json(value, column)) for column, value in values.items()
-        )
-        return Target(self.table, frozenset(texts))
+    def _identity(self, event: Received, key: Sequence[Any]) -> str:
+        if self._entity is not None:
+            return _name(self._entity, event.document, "names nothing")
+        if len(key) == 1:
+            return _spelled(key[0])
+        if key:
+            values = dict(zip(self.section.parts[0].key, key, strict=True))
+        elif self._first and self.primary_key:
+            values = self._first.columns(event.document, self.primary_key)
+        else:
+            values = {}
+        if len(values) == 1:
+            (value,) = values.values()
+            return _spelled(value)
+        if not values:
+            return f"event {event.id}"  # nothing else can mean it
+        return write([_text(values[column], column) for column in sorted(values)], "the key")
 
-    def _key_values(self, event: Received) -> dict[str, Any]:
-        values = {column: path.value(event) for column, path in self._key.items()}
-        for column, value in values.items():
-            if value is None:
-                raise Malformed(self._key[column].name, "yields null or nothing", expected="the key of a row")
-        return values
+
+def _part(section: StatementSection) -> _Row | _Sql | _Call:
+    if section.into is not None:
+        return _Row(section)
+    return _Sql(section) if section.sql is not None else _Call(section)
+
+
+def _spelled(value: Any) -> str:
+    return str(value) if type(value) is int else str(_text(value, "key"))
+
+
+def _text(value: Any, field: str) -> str | None:
+    """As PostgreSQL reads it from text: a string as it is, anything else as JSON writes it."""
+    if value is None or value is ABSENT:
+        return None
+    if isinstance(value, str):
+        return storable(value, field) if value else value
+    return write(value, field)
+
+
+def _name(path: Path, document: Document, wrong: str) -> str:
+    value = path.get(document)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise Malformed(path.name, wrong, expected="a string or an integer")
+    return storable(str(value), path.name)
+
+
+def _version(path: Path, document: Document) -> str:
+    """A number as its digits; a position as commit LSN · 2³² + ordinal, by which positions are ordered."""
+    value = path.get(document)
+    if type(value) is int:  # not a bool
+        return str(value)
+    match value:
+        case str() if value.isascii() and value.isdecimal():
+            return value
+        case {"commit_lsn": str(lsn), "ordinal": int(ordinal)}:
+            try:
+                return str((int(Lsn.parse(lsn)) << 32) + ordinal)
+            except ValueError:
+                pass
+    raise Malformed(path.name, "yields no version", expected="an integer, or a position with commit_lsn and ordinal")
 
 
 class Mappings:
     """All mappings, by source and detail-type. Raises ConfigError when two want the same events."""
 
     def __init__(self, sections: Sequence[MappingSection]) -> None:
+        self.all: list[Mapping] = []
         self._by_kind: dict[tuple[str, str], Mapping] = {}
         problems: list[Problem] = []
         first: dict[tuple[str, str], int] = {}
+        keys: dict[str, tuple[int, list[str]]] = {}
         for index, section in enumerate(sections):
             mapping, where = Mapping(section), f"reverse.mappings.{index}.match"
+            self.all.append(mapping)
+            problems += _one_entity(index, mapping, keys)
             if canary.SOURCE in section.match.source:
                 problems.append(Problem(where, f"the source {canary.SOURCE} is the bridge's own", "remove it"))
             for source in dict.fromkeys(section.match.source):
@@ -208,119 +320,19 @@ class Mappings:
         return self._by_kind.get((event.source, event.detail_type))
 
 
-def _compose(action: Action, table: tuple[str, str], key: list[str], values: list[str]) -> sql.Composed:
-    def each(template: str, columns: list[str], separator: str) -> sql.Composed:
-        return sql.SQL(separator).join(sql.SQL(template).format(c=sql.Identifier(column)) for column in columns)
-
-    name = sql.Identifier(*table)
-    record = _RECORD.format(table=name)
-    row = each("t.{c} = r.{c}", key, " AND ")
-    if action == "update":
-        return _UPDATE.format(table=name, assignments=each("{c} = r.{c}", values, ", "), record=record, row=row)
-    if action == "delete":
-        return _DELETE.format(table=name, record=record, row=row)
-    insert = _INSERT.format(
-        table=name, columns=each("{c}", key + values, ", "), values=each("r.{c}", key + values, ", "), record=record
-    )
-    if action == "insert":
-        return insert
-    resolution = (
-        sql.SQL("DO UPDATE SET {}").format(each("{c} = EXCLUDED.{c}", values, ", "))
-        if values
-        else sql.SQL("DO NOTHING")
-    )
-    return sql.SQL("{} ON CONFLICT ({}) {}").format(insert, each("{c}", key, ", "), resolution)
-
-
-def _object(text: str, field: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text, parse_float=_exact, parse_int=_integer, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise Malformed(field, "is not JSON that we can read", expected="one JSON object") from error
-    if not isinstance(value, dict):
-        raise Malformed(field, f"is {_kind(value)}", expected="a JSON object")
-    return value
-
-
-def _exact(digits: str) -> Decimal:
-    try:
-        return Decimal(digits)  # construction never rounds, whatever the context's precision
-    except InvalidOperation as error:
-        raise ValueError("an exponent beyond any database's") from error
-
-
-def _integer(digits: str) -> int | Decimal:
-    try:
-        return int(digits)
-    except ValueError:  # beyond sys.set_int_max_str_digits; a numeric may be that long
-        return Decimal(digits)
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _required_text(document: dict[str, Any], field: str) -> str:
-    value = document.get(field)
-    if not isinstance(value, str):
-        raise Malformed(field, _found(document, field), expected="a string")
-    return _storable(value, field)
-
-
-def _storable(text: str, field: str) -> str:
-    """`text`, if a text column can hold it. Raises Malformed."""
-    if not text:
-        raise Malformed(field, "is empty", expected="a string that names something")
-    # PostgreSQL's text holds no NUL; JSON's \ud800 alone is no character in any encoding
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise Malformed(field, "holds a character that no text column can", expected="Unicode text without NUL")
-    return text
-
-
-def _found(document: dict[str, Any], field: str) -> str:
-    return f"is {_kind(document[field])}" if field in document else "is missing"
-
-
-def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "a boolean"
-        case str():
-            return "a string"
-        case list():
-            return "an array"
-        case dict():
-            return "an object"
-    return "a number"
-
-
-def _json(value: Any, field: str, *, canonical: bool = False) -> str:
-    """JSON in ASCII, so that no client encoding can spoil it; `canonical` sorts the keys. Raises Malformed."""
-    try:
-        return _write(value, canonical)
-    except RecursionError as error:
-        raise Malformed(field, "is nested too deeply", expected="a few hundred levels at most") from error
-    except ValueError as error:
-        raise Malformed(field, str(error), expected="values that JSON has") from error
-
-
-def _write(value: Any, canonical: bool) -> str:
-    # the standard library's encoder has no way to write a Decimal as a number
-    match value:
-        case str():
-            return json.dumps(value)
-        case dict():
-            # a json column (not jsonb) keeps the order of keys, so only the hash may sort them
-            keys = sorted(value) if canonical else value
-            return "{" + ",".join([f"{json.dumps(key)}:{_write(value[key], canonical)}" for key in keys]) + "}"
-        case list():
-            return "[" + ",".join([_write(item, canonical) for item in value]) + "]"
-        case None | bool():
-            return json.dumps(value)
-        case int() | Decimal():
-            return str(value)
-        case float() if math.isfinite(value):  # only JMESPath's functions make floats
-            return repr(value)
-    raise ValueError(f"holds a {type(value).__name__} that JSON has not")
+def _one_entity(index: int, mapping: Mapping, keys: dict[str, tuple[int, list[str]]]) -> Iterable[Problem]:
+    """Versions of a table's rows are comparable only when all mappings name a row in the same way."""
+    section = mapping.section
+    if section.version is None:
+        return
+    part = section.parts[0]
+    if section.entity is None and not part.key:
+        what = "has a version and no key, so nobody knows of what"
+        yield Problem(f"reverse.mappings.{index}", what, "name it by entity: the path of the row's identity")
+        return
+    if part.key and section.entity is None:
+        named = sorted(part.key)
+        other, theirs = keys.setdefault(mapping.scope, (index, named))
+        if theirs != named:
+            what = f"names the rows of {mapping.scope} by {', '.join(named)}, mapping {other} by {', '.join(theirs)}"
+            yield Problem(f"reverse.mappings.{index}.key", what, "use the same columns, or give both an entity")

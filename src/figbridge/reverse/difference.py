@@ -1,0 +1,40 @@
+"""What statements change: the rows that they name, before and after; for what is rolled back then."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from figbridge import legacy
+from figbridge.reverse.statement import Shape
+
+# What COMMIT would say, while there is still something to roll back.
+CHECKED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
+
+_ROWS: Final = sql.SQL("""
+    SELECT d.number, to_jsonb(t)::text
+    FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number)
+    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document) AS r
+    JOIN {table} AS t ON {row}
+""")
+
+
+def rows(connection: psycopg.Connection, shape: Shape, documents: Sequence[str]) -> list[list[str]]:
+    """The rows of each document, as JSON: those with its key; of an insert, with its primary key.
+
+    Without a primary key among its columns, an insert's rows are those with all of its values. Raises psycopg.Error.
+    """
+    names, condition = shape.key, "t.{c} = r.{c}"
+    if not names:
+        primary = legacy.primary_key_of(connection, *shape.table)
+        if primary and set(primary) <= set(shape.columns):
+            names = primary
+        else:
+            names, condition = shape.columns, "to_jsonb(t.{c}) IS NOT DISTINCT FROM to_jsonb(r.{c})"
+    row = sql.SQL(" AND ").join(sql.SQL(condition).format(c=sql.Identifier(name)) for name in names)
+    query = _ROWS.format(table=sql.Identifier(*shape.table), row=row if names else sql.SQL("false"))
+    found: list[list[str]] = [[] for _ in documents]
+    for number, text in psycopg.RawCursor(connection).execute(query, [f"[{','.join(documents)}]"]):
+        found[number - 1].append(text)
+    return found

@@ -1,0 +1,98 @@
+"""What becomes of an event, and how a SQLSTATE decides it.
+
+    retry    08, 53, 57 (but a timeout)       the server: everything waits, nobody is to blame
+             40, 55, 57014                    this row, now: the event waits a moment, the others go on
+    park     23503, and a row that is missing until that row is there
+    poison   22, 23, 42, the rest             dead letter
+
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import psycopg
+
+from figbridge import legacy
+from figbridge.errors import BridgeError, LegacyUnavailable
+
+PARENT_MISSING: Final = "23503"  # foreign_key_violation: another event is to come first
+UPDATE_MISSING: Final = "update_missing"
+DELETE_MISSING: Final = "delete_missing"
+STALE_VERSION: Final = "stale_version"
+KEY_REUSE: Final = "key_reuse"
+ROW_WAITS: Final = "row_waits"
+MAPPING_BROKEN: Final = "mapping_broken"
+PING_PONG: Final = "ping_pong"
+
+# What these say is true of the server or the session, not of the event: a standby after a failover (25006), a session
+# cut for idling (25P03), a disk that fails (58). A dead letter for each event would empty the queue for nothing.
+_NOT_THE_EVENTS_FAULT: Final = ("25006", "25P03", "58")
+# Somebody else has the row: a deadlock, a serialization failure, a lock or statement timeout.
+_CONTENTION: Final = ("40", "55", "57014")
+
+
+class Outcome(StrEnum):
+    """What became of an event; the values label the metric."""
+
+    APPLIED = "applied"
+    DUPLICATE = "duplicate"
+    IGNORED = "ignored"
+    RETRY = "retried"
+    DEAD_LETTER = "dead_letter"
+
+    __hash__ = str.__hash__  # an enum's own is written in Python, and outcomes are counted
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """The row that an event waits for: its table and the JSON object of the columns that name it."""
+
+    table: tuple[str, str]
+    columns: tuple[str, ...]
+    document: str
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The outcome of one try. ``reason`` is a SQLSTATE or a word of ours, ``message`` may quote the event.
+
+    `awaited` is the row that a RETRY waits for, where it is known. `statement` is the SQL that failed. `conflicts` are
+    (kind, decision) of what was found otherwise than the event expects.
+    """
+
+    outcome: Outcome
+    reason: str = ""
+    message: str = ""
+    awaited: Awaited | None = None
+    statement: str = ""
+    conflicts: tuple[tuple[str, str], ...] = ()
+
+
+def contended(error: psycopg.Error) -> bool:
+    """Whether the error is about a row that somebody else has at this moment."""
+    return (error.sqlstate or "").startswith(_CONTENTION)
+
+
+def unavailable(error: psycopg.Error) -> BridgeError:
+    """The error as one of ours; retryable when no event is to blame for it."""
+    if (error.sqlstate or "").startswith(_NOT_THE_EVENTS_FAULT):
+        return LegacyUnavailable(
+            f"the legacy database cannot write now: {error} (SQLSTATE {error.sqlstate})",
+            hint="nothing is lost; is this the primary, and is it healthy?",
+        )
+    return legacy.translate(error)
+
+
+def raise_if_bug(error: psycopg.Error) -> None:
+    """No SQLSTATE and not the connection: a misuse of the driver by us. A retry for ever would hide it."""
+    if error.sqlstate is None and not isinstance(error, psycopg.OperationalError):
+        raise error
+
+
+def words(error: psycopg.Error) -> str:
+    """The server's words without the context, which quotes our own SQL."""
+    diag = error.diag
+    parts = [diag.message_primary, diag.message_detail, diag.message_hint]
+    return " · ".join(part for part in parts if part) or str(error)

@@ -1,0 +1,335 @@
+"""One transaction for one event or many: claim the idempotency keys, compare the versions, run the statements, commit.
+
+    round trip 1   BEGIN · timeouts
+    round trip 2   claim          which keys are ours
+    round trip 3   versions       which events are newer than their row (if any has one)
+    round trip 4   statements     one for each run of neighbours of one shape; several in a pipeline
+    round trip 5   COMMIT
+
+This is the careful way, step by step. `express` sends 1 to 4 at once, and comes here only where that goes wrong.
+
+INVARIANT. The claim is the first to write WAL, which makes it the mark of the loop guard (`figbridge.forward.echo`);
+and only what was claimed *and* is newer reaches a statement. All of it commits or none.
+
+ORDER. Statements run in the order of the events. Neighbours share one statement only if they have the same shape and
+are about different entities; an event of an entity that is in hand begins another round of 3 and 4. A version is
+compared and written by the same statement, which locks the entity until the end; claims and versions are taken in the
+order of their keys, and rows are written in the order of their entities, so two replicas with overlapping batches wait
+for each other and not in a circle, unless one has an entity twice in a batch. There and with the legacy application a
+deadlock is possible, as between any two clients; then the batch is cut in two (`apply`).
+
+Timeouts are set inside the transaction (set_config's third argument, SET LOCAL). Behind PgBouncer's transaction mode a
+session's SET would stay with a server connection that the next transaction may not get, and another client would; and
+startup options are refused by it (https://www.pgbouncer.org/features.html).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+
+import psycopg
+
+from figbridge.errors import LegacyUnavailable
+from figbridge.reverse import claim
+from figbridge.reverse.mapping import Work
+from figbridge.reverse.outcome import (
+    DELETE_MISSING,
+    STALE_VERSION,
+    Applied,
+    Outcome,
+    raise_if_bug,
+)
+from figbridge.reverse.statement import Free, Shape, Statement, compose
+
+# READ COMMITTED whatever the role's default is: a stricter level cannot see the key of a transaction that committed
+# since the snapshot, and would answer a plain duplicate with 40001.
+# synchronous_commit off would let a crash of the server take back what the queue has been told is done.
+_BEGIN: Final = b"BEGIN ISOLATION LEVEL READ COMMITTED"
+# Should we be stopped or cut off between two statements, the server gives the legacy application its rows back as soon.
+_SETTINGS: Final = """
+    SELECT set_config('statement_timeout', '{0}', true), set_config('lock_timeout', '{1}', true),
+           set_config('idle_in_transaction_session_timeout', '{0}', true),
+           set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+                      WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true)
+"""
+_APPLIED: Final = Applied(Outcome.APPLIED)
+STALE: Final = Applied(Outcome.IGNORED, STALE_VERSION, "an event with this version or a newer one was applied")
+_SORTED: Final = frozenset({"update", "upsert", "delete", "soft"})
+
+
+# The statement that stands before those of a work, and before the end (None).
+Naming: TypeAlias = Callable[[Work | None], bytes]
+
+
+class Suspects(Exception):
+    """The transaction cannot commit because of one of these events. Nothing was written.
+
+    `error` is the server's, None when the events' rows are missing; `query` is the statement it was the answer to, None
+    for the claim and for COMMIT; `claiming` says that no statement ran yet; `awaited` has the update of each missing
+    row.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        error: psycopg.Error | None = None,
+        query: str | None = None,
+        *,
+        claiming: bool = False,
+        awaited: Mapping[Work, Statement] | None = None,
+    ) -> None:
+        super().__init__(str(error))
+        self.works, self.error, self.query, self.claiming = works, error, query, claiming
+        self.awaited = awaited or {}
+
+
+class Examiner(Protocol):
+    """Stands between the events and the tables in one transaction, and is made anew for each; see `conflict`."""
+
+    def look(self, connection: psycopg.Connection, works: Sequence[Work]) -> None:
+        """Before the versions of `works` are compared and written. Raises psycopg.Error."""
+
+    def stale(self, works: Iterable[Work]) -> dict[Work, Applied]:
+        """The outcomes of events that are older than what was applied."""
+
+    def execute(
+        self, connection: psycopg.Connection, works: Sequence[Work], naming: Naming | None
+    ) -> dict[Work, Applied]:
+        """As `execute`, which does the writing."""
+
+    def finish(self, connection: psycopg.Connection) -> bool:
+        """When all statements are done; whether to commit. Raises Suspects, psycopg.Error."""
+
+
+def run(
+    connection: psycopg.Connection,
+    works: Sequence[Work],
+    begin: Sequence[bytes],
+    on_step: Callable[[str], None],
+    *,
+    naming: Naming | None = None,
+    examiner: Examiner | None = None,
+) -> dict[Work, Applied]:
+    """Apply `works`, whose keys all differ, in one transaction; the outcome of each.
+
+    `begin` is from `beginning`, `naming` from `guard.LoopGuard.naming`; `examiner` is for works that are not simply
+    written. Raises Suspects, LegacyUnavailable, or
+    psycopg.Error; after an error the transaction is still open.
+    """
+    fresh, outcomes = _claim(connection, works, begin)
+    for segment in segments(fresh):
+        if examiner:
+            examiner.look(connection, segment)
+        newer = _newer(connection, segment)
+        if len(newer) < len(segment):
+            stale = set(segment).difference(newer)
+            outcomes |= examiner.stale(stale) if examiner else dict.fromkeys(stale, STALE)
+        if newer:
+            outcomes |= examiner.execute(connection, newer, naming) if examiner else execute(connection, newer, naming)
+    if (examiner and not examiner.finish(connection)) or not any(work in outcomes for work in fresh):
+        connection.execute("ROLLBACK")
+        return outcomes
+    _commit(connection, fresh, on_step)
+    return outcomes
+
+
+def _commit(connection: psycopg.Connection, works: Sequence[Work], on_step: Callable[[str], None]) -> None:
+    """Commit what `works` did. Raises Suspects, LegacyUnavailable."""
+    on_step("executed")
+    try:
+        done = connection.execute("COMMIT")
+    except psycopg.Error as error:
+        raise Suspects(works, error) from error  # deferred constraints and triggers speak here
+    require_commit(done)
+    on_step("committed")
+
+
+def require_commit(done: psycopg.Cursor[Any]) -> None:
+    """Raise LegacyUnavailable where the answer to COMMIT is ROLLBACK: without an error, after a failed transaction."""
+    if done.statusmessage != "COMMIT":
+        raise LegacyUnavailable("the server rolled back instead", hint="nothing is lost; the bridge tries again")
+
+
+def beginning(statement_timeout: int, lock_timeout: int) -> Sequence[bytes]:
+    """The statements a transaction begins with; both in milliseconds."""
+    return _BEGIN, _SETTINGS.format(int(statement_timeout), int(lock_timeout)).encode()
+
+
+def _claim(
+    connection: psycopg.Connection, works: Sequence[Work], begin: Sequence[bytes]
+) -> tuple[list[Work], dict[Work, Applied]]:
+    """The works whose keys are ours, in their order; and what became of the others."""
+    cursor = psycopg.RawCursor(connection)
+    try:
+        connection.execute(b";".join(begin))  # one message of the simple protocol, so one round trip
+        cursor.execute(claim.CLAIM, claim.claims(works))
+    except psycopg.Error as error:
+        raise Suspects(works, error, claiming=True) from error
+    if cursor.rowcount == len(works):
+        return list(works), {}
+    ours = set(cursor.fetchall())
+    others = [work for work in works if work.identity not in ours]
+    return [work for work in works if work.identity in ours], claim.known(connection, others)
+
+
+def segments(works: Sequence[Work]) -> Iterable[list[Work]]:
+    """Cut where an entity comes a second time."""
+    if len({work.entity for work in works}) == len(works):
+        yield list(works)
+        return
+    segment: list[Work] = []
+    seen: set[tuple[str, str]] = set()
+    for work in works:
+        if work.entity in seen:
+            yield segment
+            segment, seen = [], set()
+        segment.append(work)
+        seen.add(work.entity)
+    if segment:
+        yield segment
+
+
+def _newer(connection: psycopg.Connection, works: Sequence[Work]) -> Sequence[Work]:
+    """The works without a version, and those whose version was the higher one; it is written now."""
+    versioned = [work for work in works if work.version is not None]
+    if not versioned:
+        return works
+    cursor = psycopg.RawCursor(connection)
+    try:
+        cursor.execute(claim.VERSIONS, claim.versions(versioned))
+    except psycopg.Error as error:
+        raise Suspects(versioned, error, claim.VERSIONS) from error
+    if cursor.rowcount == len(versioned):
+        return works
+    raised = set(cursor.fetchall())
+    return [work for work in works if work.version is None or work.entity in raised]
+
+
+# (SQL, parameters, shape, works in the order of their documents); without a shape for the user's own SQL
+_Todo: TypeAlias = tuple[str | bytes, Any, Shape | None, list[Work]]
+
+
+class _Group:
+    """Neighbours of one shape, applied by one statement for each part of their mapping."""
+
+    def __init__(self, shapes: tuple[Shape, ...] | None) -> None:
+        self.shapes = shapes
+        self.works: list[Work] = []
+
+    def statements(self) -> Iterable[_Todo]:
+        """One for each part of the mapping."""
+        if self.shapes is None:
+            for statement in self.works[0].statements:
+                if isinstance(statement, Free):
+                    yield statement.query, statement.parameters, None, self.works
+                else:
+                    yield statement.query, statement.parameters, statement.shape, self.works
+            return
+        for part, shape in enumerate(self.shapes):
+            # rows are locked in the order of the documents, so that two batches meet at the first row they share;
+            # an insert keeps the events' order, by which the table numbers its rows
+            works = sorted(self.works, key=attrgetter("entity")) if shape.action in _SORTED else self.works
+            documents = [work.statements[part].document for work in works]  # type: ignore[union-attr]  # it has shapes
+            yield compose(shape), [f"[{','.join(documents)}]"], shape, works
+
+
+def _shapes(work: Work) -> tuple[Shape, ...] | None:
+    """Those of its statements; None when one of them is the user's own SQL, which has none."""
+    if len(work.statements) == 1:
+        only = work.statements[0]
+        return None if isinstance(only, Free) else (only.shape,)
+    shapes = [it.shape for it in work.statements if isinstance(it, Statement)]
+    return tuple(shapes) if len(shapes) == len(work.statements) else None
+
+
+def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
+    group: _Group | None = None
+    for work in works:
+        shapes = _shapes(work)
+        if group is None or shapes is None or shapes != group.shapes:
+            if group is not None:
+                yield group
+            group = _Group(shapes)
+        group.works.append(work)
+    if group is not None:
+        yield group
+
+
+class Sent(NamedTuple):
+    """A statement on its way: `members` are its works in the order of the documents."""
+
+    cursor: psycopg.Cursor[Any]
+    query: str | bytes
+    shape: Shape | None
+    members: list[Work]
+
+
+def _named(works: Sequence[Work], naming: Naming) -> Iterable[tuple[Any, Any, Any, list[Work]]]:
+    """As `_Group.statements`: each work alone, behind its name."""
+    for work in works:
+        yield naming(work), None, None, [work]
+        for group in _grouped([work]):
+            yield from group.statements()
+    yield naming(None), None, None, list(works)
+
+
+def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Naming | None) -> dict[Work, Applied]:
+    """Run the statements of `works`; raises Suspects when one fails or finds no row to update."""
+    sent: list[Sent] = []
+    todo = statements(works) if naming is None else [*_named(works, naming)]
+    try:
+        with connection.pipeline() if len(todo) > 1 else contextlib.nullcontext():
+            send(connection, todo, sent)
+    except psycopg.Error as error:
+        if sent[-1].shape is not None:  # with the user's own SQL the driver may have a right to complain
+            raise_if_bug(error)
+        failed = next((it for it in sent if it.cursor.statusmessage is None), None)  # the first without an answer
+        if failed is None:
+            raise Suspects(works, error) from error
+        query = failed.query if isinstance(failed.query, str) else failed.query.decode()
+        raise Suspects(failed.members, error, query) from error
+    return read(works, sent)
+
+
+def statements(works: Sequence[Work]) -> list[_Todo]:
+    """Those of `works`, whose entities all differ, in their order."""
+    return [statement for group in _grouped(works) for statement in group.statements()]
+
+
+def send(connection: psycopg.Connection, todo: Iterable[_Todo], sent: list[Sent]) -> None:
+    """Execute `todo`; what was sent is appended to `sent`, the one that failed too."""
+    for query, parameters, shape, members in todo:
+        # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
+        cursor = psycopg.Cursor(connection) if shape is None else psycopg.RawCursor(connection)
+        sent.append(Sent(cursor, query, shape, members))
+        # a plan that joins would be kept as it was for the size that the table once had
+        cursor.execute(query, parameters, prepare=shape is not None and not shape.finds)
+
+
+def read(works: Sequence[Work], sent: Sequence[Sent]) -> dict[Work, Applied]:
+    """Which rows were found; raises Suspects with those that were to be updated and are not there."""
+    outcomes = dict.fromkeys(works, _APPLIED)
+    missing: dict[Work, Statement] = {}
+    suspected: list[Work] = []
+    for cursor, _, shape, members in sent:
+        if shape is None or not shape.finds:
+            continue
+        found = {number for (number,) in cursor.fetchall()}
+        lacking = [work for number, work in enumerate(members, 1) if number not in found]
+        if shape.action == "update":
+            missing |= {work: _statement_of(work, shape) for work in lacking}
+            # all of them: of two spellings of one key ("7" and "007") an UPDATE takes either, and order has to decide
+            suspected += members if lacking else ()
+            continue
+        for work in lacking:
+            if len(work.statements) == 1:  # of several, the others did their part
+                message = f"no row of {'.'.join(shape.table)} has this key"
+                outcomes[work] = Applied(Outcome.IGNORED, DELETE_MISSING, message)
+    if missing:
+        raise Suspects(suspected, awaited=missing)
+    return outcomes
+
+
+def _statement_of(work: Work, shape: Shape) -> Statement:
+    return next(it for it in work.statements if isinstance(it, Statement) and it.shape == shape)
