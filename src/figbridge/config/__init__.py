@@ -4,37 +4,55 @@
 only, so that a password with a colon or a quote cannot change the file's structure. ``$${`` writes a literal ``${``.
 No message repeats a value that was not understood: it may be a password (`figbridge.configfile`).
 
-The sections of the two paths are in `forward` and `reverse`, those of the ends in `transports`, the fields' types in
-`fields`; everything is imported from here.
+The sections of the two paths are in `forward` and `reverse`, a mapping's in `mapping`, those of the ends in
+`transports`, the fields' types in `fields`; everything is imported from here.
 A stage receives its own section, never the whole `Config`, and never reads the environment.
 """
 
 import functools
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from figbridge import configfile
+from figbridge.config.conflict import ColumnsSection, ConflictsSection, KindsSection, Rule
 from figbridge.config.fields import Dsn, Section, SlotName, Tables, host_and_port, split_table
 from figbridge.config.forward import (
     DeadLettersSection,
     FileDeadLetters,
     ForwardSection,
     OutboxSection,
+    S3DeadLetters,
+    SqsDeadLetters,
     TableDeadLetters,
 )
-from figbridge.config.reverse import MappingSection, MatchSection, ReverseSection
+from figbridge.config.mapping import MappingSection, MatchSection, StatementSection, Value
+from figbridge.config.plugin import PluginSection
+from figbridge.config.relay import RelaySection
+from figbridge.config.reverse import BareSection, ReverseSection
+from figbridge.config.select import ContractsSection, HashSection, SelectSection
 from figbridge.config.transports import (
     AwsSection,
+    AwsSinkSection,
+    ClaimCheckSection,
     EventBridgeSinkSection,
+    EventBridgeV2SinkSection,
     FileSinkSection,
+    FirehoseSinkSection,
+    JsonSinkSection,
+    KinesisSinkSection,
+    KinesisSourceSection,
     LocalSinkSection,
     LocalSourceSection,
+    ReverseSourceSection,
     SinkSection,
+    SnsSinkSection,
     SourceSection,
+    SqsSinkSection,
     SqsSourceSection,
     StdoutSinkSection,
 )
@@ -42,31 +60,56 @@ from figbridge.errors import ConfigError, Problem
 
 __all__ = [
     "AwsSection",
+    "AwsSinkSection",
+    "BareSection",
+    "ClaimCheckSection",
+    "ColumnsSection",
     "Config",
+    "ConflictsSection",
+    "ContractsSection",
     "DeadLettersSection",
     "Direction",
     "EventBridgeSinkSection",
+    "EventBridgeV2SinkSection",
     "FileDeadLetters",
     "FileSinkSection",
+    "FirehoseSinkSection",
     "ForwardSection",
+    "HashSection",
     "HttpSection",
+    "JsonSinkSection",
+    "KindsSection",
+    "KinesisSinkSection",
+    "KinesisSourceSection",
     "LegacySection",
     "LocalSinkSection",
     "LocalSourceSection",
     "MappingSection",
     "MatchSection",
     "OutboxSection",
+    "PluginSection",
+    "RelaySection",
     "ReverseSection",
+    "ReverseSourceSection",
+    "Rule",
+    "S3DeadLetters",
+    "Section",
+    "SelectSection",
     "SinkSection",
+    "SnsSinkSection",
     "SourceSection",
+    "SqsDeadLetters",
+    "SqsSinkSection",
     "SqsSourceSection",
+    "StatementSection",
     "StdoutSinkSection",
     "TableDeadLetters",
+    "Value",
     "split_table",
 ]
 
-# The two paths, as the file's sections and `run --only` name them.
-Direction = Literal["forward", "reverse"]
+# What can run, as the file's sections and `run --only` name it.
+Direction = Literal["forward", "reverse", "relay"]
 
 
 class LegacySection(Section):
@@ -90,6 +133,25 @@ class LegacySection(Section):
         "nothing without a standby. See docs/failover.md.",
     )
 
+    loop_guard: Literal["inbox", "message", "origin"] = Field(
+        "inbox",
+        alias="loop-guard",
+        description="By what the forward path knows a transaction of the reverse path. inbox: a published row. "
+        "message: a logical message; nothing of ours is published. origin: a replication origin; one process at a "
+        "time, never behind a pooler. See docs/loops.md.",
+    )
+    reverse_dsn: Dsn | None = Field(
+        None,
+        alias="reverse-dsn",
+        description="Connection string of the reverse path, if it is another: through PgBouncer, for instance, which "
+        "the replication connection cannot pass. By default dsn.",
+    )
+
+    @property
+    def write_dsn(self) -> str:
+        """The connection string of the reverse path."""
+        return (self.reverse_dsn or self.dsn).get_secret_value()
+
     @property
     def inbox_publication(self) -> str:
         """The publication of our own tables: inserts only, so that purging the inbox makes no events."""
@@ -111,34 +173,104 @@ class HttpSection(Section):
 
 
 class Config(Section):
-    """The whole file. At least one of `forward` and `reverse` is needed."""
+    """The whole file. At least one of `forward`, `reverse` and `relay` is needed; the relay needs no database."""
 
-    legacy: LegacySection = Field(description="The legacy database: dsn, slot, publication, tables.")
+    database: LegacySection | None = Field(
+        None,
+        alias="legacy",
+        description="The legacy database: dsn, slot, publication, tables. Only a relay can do without.",
+    )
     forward: ForwardSection | None = Field(None, description="Legacy changes leave as events: sink and their form.")
     reverse: ReverseSection | None = Field(None, description="Events become legacy rows: source and mappings.")
+    relay: RelaySection | None = Field(
+        None, description="Events of any service are validated and published anew: source, sink, contracts, quarantine."
+    )
     http: HttpSection = Field(default_factory=HttpSection, description="Metrics and probes: listen.")
 
     @model_validator(mode="after")
     def _some_direction(self) -> Self:
-        if self.forward is None and self.reverse is None:
-            raise ValueError("neither forward nor reverse is there, so there is nothing to run; add one or both")
+        if self.forward is None and self.reverse is None and self.relay is None:
+            raise ValueError(
+                "neither forward nor reverse nor relay is there, so there is nothing to run; add at least one"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _selected_is_published(self) -> Self:
+        published = {split_table(it) for it in self.database.tables} if self.database else set()
+        for section in self.forward.select if self.forward and self.database else ():
+            if split_table(section.table) not in published:
+                raise ValueError(f"forward.select names {section.table}, which is none of legacy.tables; mend the name")
+        return self
+
+    @property
+    def legacy(self) -> LegacySection:
+        """The legacy database. Raises ConfigError for a file without one, which only a relay can be."""
+        if self.database is None:
+            raise ConfigError("this needs a legacy database", [_NO_LEGACY])
+        return self.database
+
+    def dsn_for(self, letters: DeadLettersSection | None) -> str:
+        """The DSN that a dead-letter store of the section needs; empty where it needs none. Raises ConfigError."""
+        return self.legacy.dsn.get_secret_value() if letters and letters.type == "table" else ""
 
     @model_validator(mode="after")
     def _outbox_is_published(self) -> Self:
         table = self.forward.outbox.table if self.forward and self.forward.outbox else None
-        if table and split_table(table) not in {split_table(it) for it in self.legacy.tables}:
+        if table and self.database and split_table(table) not in {split_table(it) for it in self.database.tables}:
             raise ValueError(f"forward.outbox.table, {table}, is none of legacy.tables; add it there, to be published")
         return self
+
+    @model_validator(mode="after")
+    def _echoes_are_listed(self) -> Self:
+        listed = self.forward is not None and self.forward.echo == "touched_rows"
+        if listed and self.database and self.database.loop_guard == "origin":
+            raise ValueError(
+                "forward.echo is touched_rows, and an origin marks a transaction as a whole; "
+                "use legacy.loop-guard: inbox or message"
+            )
+        return self
+
+    @property
+    def publishes_inbox(self) -> bool:
+        """Whether figbridge.inbox has a publication: it is the mark of our transactions."""
+        return self.reverse is not None and self.legacy.loop_guard == "inbox"
 
     @property
     def guards_slot(self) -> bool:
         """Whether figbridge.slot_guard is used."""
         if self.forward is None or self.forward.slot_guard == "none":
             return False
-        letters = self.forward.dead_letters
-        own_tables = self.reverse is not None or (letters is not None and letters.type == "table")
-        return own_tables or self.forward.slot_guard == "table"
+        return self._has_tables or self.forward.slot_guard == "table"
+
+    @property
+    def takes_snapshots(self) -> bool:
+        """Whether figbridge.snapshot is used: where there are tables of ours anyway, a command may ask for one."""
+        return self.forward is not None and (self._has_tables or self.guards_slot)
+
+    @property
+    def recreates_slot(self) -> bool:
+        """Whether a slot that is lost is made anew, and every table read again."""
+        return self.forward is not None and self.forward.on_slot_loss == "recreate-and-backfill"
+
+    @property
+    def snapshot_tables(self) -> list[tuple[str, str]]:
+        """The tables whose rows are a state: all but the outbox, whose rows are events that have left."""
+        outbox = self.forward.outbox.table if self.forward and self.forward.outbox else None
+        tables = [split_table(table) for table in self.legacy.tables]
+        return [name for name in tables if outbox is None or name != split_table(outbox)]
+
+    @property
+    def _has_tables(self) -> bool:
+        if self.forward and (self.forward.snapshot != "never" or self.recreates_slot):
+            return True
+        letters = self.forward.dead_letters if self.forward else None
+        return self.reverse is not None or (letters is not None and letters.type == "table")
+
+    @property
+    def keeps_versions(self) -> bool:
+        """Whether figbridge.table_version is used."""
+        return self.forward is not None and self.forward.schema_events and self.guards_slot
 
     @classmethod
     def load(cls, path: Path, environment: Mapping[str, str] | None = None) -> Self:
@@ -164,8 +296,10 @@ class Config(Section):
         except configfile.Unreadable as error:
             raise ConfigError(title, [error.problem]) from None
         # a section whose lines are all commented out is null, and null would quietly run the other direction alone
-        empty = [key for key in ("forward", "reverse") if key in tree and tree[key] is None]
+        empty = [key for key in ("legacy", "forward", "reverse", "relay") if key in tree and tree[key] is None]
         problems += [Problem(key, "is empty", "give it its keys, or remove the line") for key in empty]
+        if "legacy" not in tree and (reason := _wants_legacy(tree)):
+            problems.append(replace(_NO_LEGACY, what=f"is missing, and {reason}"))
         try:
             config = cls.model_validate(tree, by_alias=True, by_name=False)
         except ValidationError as error:
@@ -183,6 +317,18 @@ class Config(Section):
         if problems:
             raise ConfigError(title, problems)
         return config
+
+
+_NO_LEGACY: Final = Problem("legacy", "is missing", "add it: dsn and tables of the legacy database")
+
+
+def _wants_legacy(tree: Mapping[Any, Any]) -> str:
+    """Why a file cannot do without the section; empty if it can."""
+    if not tree.get("relay") or tree.get("forward") or tree.get("reverse"):
+        return "forward and reverse are about it"
+    letters = tree["relay"].get("dead-letters") if isinstance(tree["relay"], dict) else None
+    in_table = isinstance(letters, dict) and letters.get("type") == "table"
+    return "relay.dead-letters are in a table of it" if in_table else ""
 
 
 _UNREADABLE: Final = "the configuration cannot be read"

@@ -3,6 +3,7 @@
 A check's message has two parts, ``what is wrong; what to do``, and repeats no value that may be a password.
 """
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,8 @@ def _different(tables: tuple[str, ...]) -> tuple[str, ...]:
     return tables
 
 
-def _path(text: str) -> str:
+def check_path(text: str) -> str:
+    """`text`, if it is JMESPath."""
     try:
         jmespath.compile(text)
     except jmespath.exceptions.JMESPathError as error:
@@ -121,10 +123,56 @@ def _slot(text: str) -> str:
     return text
 
 
+def client_is_installed(name: str) -> str:
+    """The AWS Common Runtime is an extra."""
+    if name == "crt" and importlib.util.find_spec("awscrt") is None:
+        raise ValueError("needs the AWS Common Runtime; pip install 'figbridge[crt]', or set client: boto3")
+    return name
+
+
 def url_of_queue(text: str) -> str:
     """An SQS queue is named by its URL."""
     if not text.startswith(("https://", "http://")):
         raise ValueError("is not a URL; give the queue's URL (aws sqs get-queue-url), not its name or ARN")
+    return text
+
+
+_NAME_OF_STREAM: Final = r"[a-zA-Z0-9_.-]{1,128}"
+
+
+def name_of_stream(text: str) -> str:
+    """A Kinesis data stream is named by its name or its ARN."""
+    if re.fullmatch(rf"(arn:aws[^:]*:kinesis:[^:]*:\d{{12}}:stream/)?{_NAME_OF_STREAM}", text) is None:
+        raise ValueError(
+            "is not a stream; give its name (letters, digits, '_', '.', '-') or its ARN (arn:aws:kinesis:…:stream/name)"
+        )
+    return text
+
+
+def name_of_delivery_stream(text: str) -> str:
+    """A Firehose stream is named by its name alone; its API takes no ARN."""
+    if re.fullmatch(r"[a-zA-Z0-9_.-]{1,64}", text) is None:
+        raise ValueError(
+            "is not a Firehose stream; give its name, at most 64 letters, digits, '_', '.', '-', not its ARN"
+        )
+    return text
+
+
+def arn_of_topic(text: str) -> str:
+    """An SNS topic is named by its ARN."""
+    if re.fullmatch(r"arn:aws[^:]*:sns:[^:]+:\d{12}:[A-Za-z0-9_-]{1,256}(\.fifo)?", text) is None:
+        raise ValueError("is not a topic; give its ARN (arn:aws:sns:region:account:name)")
+    return text
+
+
+def arn_of_bus(text: str) -> str:
+    """A bus of eventbridgev2 is named by its ARN, which ends with an id that AWS gave it."""
+    pattern = r"arn:aws[^:]*:events:[^:]+:\d{12}:event-busv2/[A-Za-z0-9][._A-Za-z0-9-]{0,255}/[a-z0-9]{25}"
+    if re.fullmatch(pattern, text) is None:
+        raise ValueError(
+            "is not a Custom Event Bus; give its ARN (arn:aws:events:region:account:event-busv2/name/id). "
+            "A bus of the Classic kind is for the sink type eventbridge"
+        )
     return text
 
 
@@ -170,7 +218,7 @@ def _strings(value: object) -> object:
 
 TableName = Annotated[str, AfterValidator(_legacy_table)]
 Tables = Annotated[tuple[TableName, ...], Field(min_length=1), AfterValidator(_different)]
-JmesPath = Annotated[str, AfterValidator(_path)]
+JmesPath = Annotated[str, AfterValidator(check_path)]
 OneOrMore = Annotated[
     tuple[str, ...],
     BeforeValidator(_strings),

@@ -1,65 +1,84 @@
 """The section `reverse`: which events become which rows."""
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from figbridge.config.fields import Column, JmesPath, OneOrMore, Section, TableName
-from figbridge.config.transports import SourceSection
+from figbridge.config.fields import JmesPath, Section
+from figbridge.config.mapping import MappingSection
+from figbridge.config.transports import ReverseSourceSection, SqsSourceSection
+
+_LONGEST_QUEUE: Final = 14  # days: the most that SQS keeps a message
 
 
-class MatchSection(Section):
-    """Which events a mapping is for; all that is given must match."""
+class BareSection(Section):
+    """What the envelope would say, as JMESPath over a message that has none; the message becomes the detail."""
 
-    source: OneOrMore = Field(description="Event sources, one or a list.")
-    detail_type: OneOrMore = Field(alias="detail-type", description="Detail-types, one or a list.")
-
-
-class MappingSection(Section):
-    """One kind of event → one statement on one legacy table."""
-
-    match: MatchSection = Field(description="Which events this mapping is for.")
-    into: TableName = Field(description="The legacy table, as schema.table.")
-    action: Literal["insert", "update", "upsert", "delete"] = Field(
-        description="What is done to the row: insert, update, upsert or delete."
-    )
-    key: dict[Column, JmesPath] = Field(
-        default_factory=dict, description="Column → path of its value, for the row to find. Not for insert."
-    )
-    set: dict[Column, JmesPath] = Field(
-        default_factory=dict, description="Column → path of the value to write. Not for delete."
-    )
-    idempotency_key: JmesPath | None = Field(
-        None, description="Path of the producer's idempotency key. The event's own id by default."
-    )
-
-    @model_validator(mode="after")
-    def _fits_action(self) -> Self:
-        needs_key = self.action in {"update", "upsert", "delete"}
-        if needs_key and not self.key:
-            raise ValueError(f"action {self.action} needs key; name the columns that find the row")
-        if not needs_key and self.key:
-            raise ValueError("action insert takes no key; put every column under set")
-        if self.action in {"insert", "update"} and not self.set:
-            raise ValueError(f"action {self.action} needs set; name the columns to write")
-        if self.action == "delete" and self.set:
-            raise ValueError("action delete takes no set; key alone says which row goes")
-        if both := sorted(self.key.keys() & self.set.keys()):
-            raise ValueError(f"columns both in key and in set: {', '.join(both)}")
-        return self
+    id: JmesPath = Field(description="Path of what tells the event from every other one, such as change_id.")
+    source: JmesPath = Field(description="Path of its source; a constant is quoted: \"'shop.next'\".")
+    detail_type: JmesPath = Field(alias="detail-type", description="Path of its detail-type, or a constant.")
 
 
 class ReverseSection(Section):
     """The reverse path: the new system's events become rows of the legacy tables."""
 
-    source: SourceSection = Field(description="Where events come from.")
+    source: ReverseSourceSection = Field(description="Where events come from.")
     mappings: tuple[MappingSection, ...] = Field(min_length=1, description="What each kind of event does.")
-    max_attempts: int = Field(
-        5,
-        alias="max-attempts",
+    mode: Literal["live", "dry-run"] = Field(
+        "live",
+        description="dry-run: each event is applied and rolled back, and what it would have changed is kept in "
+        "figbridge.dry_run. It acknowledges its events, so give it a queue of its own. See docs/dry-run.md.",
+    )
+    dry_run_retention: float = Field(
+        7.0,
+        alias="dry-run-retention",
+        gt=0,
+        le=36500,
+        description="Days for which it is kept what a dry run would have changed.",
+    )
+    bare: BareSection | None = Field(
+        None,
+        description="Take messages without an envelope, too: what an input transformer made, or raw records. By "
+        "default they are dead letters.",
+    )
+    unmapped: Literal["ignore", "dead-letter"] = Field(
+        "ignore",
+        description="What becomes of an event that no mapping is for: it is counted and ignored, as on a bus that "
+        "others use too, or a dead letter.",
+    )
+    park_timeout: float = Field(
+        86400.0,
+        alias="park-timeout",
+        gt=0,
+        le=31536000,
+        description="Seconds an event waits for the row it needs (its own or its parent) before it becomes a dead "
+        "letter.",
+    )
+    inbox_retention: float = Field(
+        30.0,
+        alias="inbox-retention",
         ge=1,
-        description="Deliveries of an event that waits for another one (its row or its parent is not there yet) "
-        "before it becomes a dead letter.",
+        le=36500,
+        description="Days for which an applied idempotency key is known. It must exceed the longest time that the "
+        "queue keeps an event; what is older is stopped by its version.",
+    )
+    conflict_retention: float = Field(
+        90.0,
+        alias="conflict-retention",
+        ge=1,
+        le=36500,
+        description="Days for which a conflict is kept that is decided or resolved. Open ones are kept until then.",
+    )
+    batch_size: int = Field(
+        500, alias="batch-size", ge=1, le=10000, description="Most events that are applied in one transaction."
+    )
+    max_hops: int = Field(
+        8,
+        alias="max-hops",
+        ge=0,
+        le=1000,
+        description="Most bridges that an event may have passed (detail.hops, which a producer copies from the event "
+        "it answers, so that a loop ends). One with more becomes a dead letter (ping_pong).",
     )
     statement_timeout: float = Field(
         10.0, alias="statement-timeout", gt=0, le=86400, description="Seconds a legacy statement of ours may take."
@@ -67,3 +86,12 @@ class ReverseSection(Section):
     lock_timeout: float = Field(
         2.0, alias="lock-timeout", gt=0, le=86400, description="Seconds we wait for a lock of the legacy application."
     )
+
+    @model_validator(mode="after")
+    def _outlives_queue(self) -> Self:
+        if isinstance(self.source, SqsSourceSection) and self.inbox_retention <= _LONGEST_QUEUE:
+            raise ValueError(
+                f"inbox-retention is within the {_LONGEST_QUEUE} days that SQS may keep a message, so a repetition "
+                "could be applied twice; give more days"
+            )
+        return self
