@@ -11,15 +11,33 @@ and an event of the new system comes back the other (package `reverse`, read fro
 
 forward/source.py      the replication connection; the only file that knows psycopg.pq
 forward/decode.py      pgoutput bytes → Begin, Change, Commit …; pure
-forward/echo.py        our own reverse writes, recognised and dropped
+forward/echo.py        our own reverse writes, recognised and dropped; touched.py: what triggers added to them leaves;
+                       pingpong.py: two systems that answer each other
 forward/shape.py       Change → Event: one encoder compiled per table version
-forward/publish.py     events → sink, in order per key, retried, dead-lettered, never skipped
+forward/sanitize.py    which columns and rows leave, and as what: part of that encoder
+forward/standard.py    events that break their contract do not reach the sink; contract.py derives it
+delivery/pack.py       several changes in one entry
+formats.py             native, CloudEvents, Debezium: what a sink sends of an event
+forward/publish.py     events → sink, in order per key, retried, dead-lettered, never skipped; and the loop that does it
+delivery/              several requests in flight to a sink, and no key reordered
 forward/checkpoint.py  completed in any order, acknowledged in order
-forward/pipeline.py    the two loops, capture and publish, and the bounded buffer between them
+forward/unroll.py      runs of plain rows, from bytes to events in one compiled function
+forward/capture.py     the loop that reads; buffer.py lies between the two
+forward/versions.py    which schema each table had from where on; guard.py: is the slot the one we left?
+forward/heartbeat.py   a message that goes the whole way and is timed; messages.py, outbox.py: what else may leave
+forward/snapshot/      the rows that were there before the slot, between watermarks in the stream
 reverse/consume.py     the loop: receive, map, apply, settle
-reverse/mapping.py     event → statement, by declaration
-reverse/apply.py       idempotency key and statement in one transaction
+reverse/mapping.py     event → key, version and statements, by declaration
+reverse/transaction.py idempotency keys, versions and statements of a batch in one transaction; express.py: all at once
+reverse/apply.py       the batch, and the search for the event that spoils it
+reverse/park.py        events that wait for a row
+mark.py                what a reverse transaction says of itself in the WAL, and the forward path reads
+contracts/             JSON Schemas of events, and whether an event is as they say
+relay/                 events of any service: received, judged, published anew as valid.*, or set aside
+functions/             what AWS Lambda can run: the relay, the reverse path
 transports/            sinks and sources, one file each; the only importers of boto3
+deadletter/            events that could not be delivered or applied: table and file; S3 and SQS are transports
+letters.py             `figbridge dead-letters`; each path has a redrive.py for its own
 service.py             the composition root: Config → loops; the only file that knows everyone
 supervise.py           named loops in threads; the first failure stops all; soft stop, then hard
 """

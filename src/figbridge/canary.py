@@ -1,8 +1,11 @@
 """The start-up proof that nothing loops: a reverse transaction whose echo the forward path must recognise.
 
-    reverse:  BEGIN; inbox row (the mark); canary row (the data); COMMIT      ──WAL──▶
+    reverse:  BEGIN; the mark; canary row (the data); COMMIT                  ──WAL──▶
     forward:  meets the mark first, drops the rows, and answers: UPDATE canary SET seen_at
     reverse:  sees the answer, and only now starts to consume
+
+The mark is that of ``legacy.loop-guard``: the inbox row, a logical message, or a replication origin. Where no row of
+ours is published, the nonce is in a message of its own.
 
 The answer is a row and not a signal inside the process, because `run --only forward` and `run --only reverse` may be
 two containers, and because a row passes through every pooler (LISTEN does not survive PgBouncer's transaction mode).
@@ -11,11 +14,11 @@ It cannot loop itself: the canary's publication carries inserts only, and our sc
 
 import secrets
 import threading
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 
-from figbridge import legacy
+from figbridge import legacy, mark
 from figbridge.retry import Stopped, persist
 
 _log = structlog.get_logger()
@@ -28,20 +31,37 @@ _ANSWER_POLL = 0.1  # seconds between two looks for the answer
 _PATIENCE = 10.0  # seconds without an answer before the log says what is being waited for
 
 
-def write(dsn: str, slot: str) -> str:
-    """Commit a canary; its nonce. Raises LegacyUnavailable or BridgeError."""
+def origin(slot: str) -> str:
+    """The name of the replication origin of the bridge with this slot; one session at a time may have it."""
+    return f"figbridge_{slot}"
+
+
+def write(dsn: str, slot: str, guard: Literal["inbox", "message", "origin"] = "inbox") -> str:
+    """Commit a canary; its nonce. Raises LegacyUnavailable or BridgeError.
+
+    It has a list of what it touches, as a transaction under ``echo: touched_rows`` has: nobody is lost by one too many.
+    """
     nonce = secrets.token_hex(16)
-    with legacy.connect(dsn, purpose="canary") as connection, legacy.translated():
-        connection.execute(
-            "INSERT INTO figbridge.inbox (source, idempotency_key, payload_hash, event_id) VALUES (%s, %s, '', %s)",
-            [SOURCE, nonce, nonce],
-        )
-        connection.execute("INSERT INTO figbridge.canary (nonce, slot) VALUES (%s, %s)", [nonce, slot])
-        # the proof is of today; yesterday's is of no use to anybody
-        connection.execute("DELETE FROM figbridge.canary WHERE written_at < now() - interval '1 day'")
-        connection.execute(
-            "DELETE FROM figbridge.inbox WHERE source = %s AND applied_at < now() - interval '1 day'", [SOURCE]
-        )
+    with legacy.connect(dsn, purpose="canary", autocommit=True) as connection, legacy.translated():
+        if guard == "origin":
+            connection.execute("SELECT pg_replication_origin_session_setup(%s)", [origin(slot)])
+        emit = "SELECT pg_logical_emit_message(true, %s, %s)"
+        with connection.transaction():
+            connection.execute(emit, [mark.MARK, mark.write((), [mark.Entry(SOURCE, nonce, 0, ())])])
+            if guard == "inbox":
+                connection.execute(
+                    "INSERT INTO figbridge.inbox (source, idempotency_key, payload_hash, event_id) "
+                    "VALUES (%s, %s, '', %s)",
+                    [SOURCE, nonce, nonce],
+                )
+            else:
+                connection.execute(emit, [mark.CANARY, nonce])
+            connection.execute("INSERT INTO figbridge.canary (nonce, slot) VALUES (%s, %s)", [nonce, slot])
+            # the proof is of today; yesterday's is of no use to anybody
+            connection.execute("DELETE FROM figbridge.canary WHERE written_at < now() - interval '1 day'")
+            connection.execute(
+                "DELETE FROM figbridge.inbox WHERE source = %s AND applied_at < now() - interval '1 day'", [SOURCE]
+            )
     return nonce
 
 
@@ -73,8 +93,8 @@ def await_answer(dsn: str, nonce: str, stop: threading.Event) -> None:
     raise Stopped
 
 
-def prove(dsn: str, slot: str, stop: threading.Event) -> None:
+def prove(dsn: str, slot: str, stop: threading.Event, guard: Literal["inbox", "message", "origin"] = "inbox") -> None:
     """Write a canary and return when its echo was recognised, however often the database goes away meanwhile."""
-    nonce = persist(lambda: write(dsn, slot), what="write canary", stop=stop)
+    nonce = persist(lambda: write(dsn, slot, guard), what="write canary", stop=stop)
     persist(lambda: await_answer(dsn, nonce, stop), what="await canary", stop=stop)
     _log.info("the loop guard is proven", nonce=nonce)

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple, Self
 
 _EPOCH: Final = datetime(2000, 1, 1, tzinfo=UTC)
+NO_CAUSE: Final = b'"hops":0,"cause":null'  # the legacy system itself
 
 
 class Lsn(int):
@@ -42,6 +43,9 @@ class Operation(StrEnum):
     UPDATE = "update"
     DELETE = "delete"
     TRUNCATE = "truncate"
+    READ = "read"  # by a snapshot: nothing happened to it
+
+    __hash__ = str.__hash__  # an enum's own is written in Python, and an operation is looked up for each row
 
 
 class Unchanged:
@@ -88,22 +92,26 @@ class Relation:
         return f"{self.schema}.{self.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
-    """The start of a transaction. ``commit_lsn`` is where its commit record *begins*: known before the first row."""
+class Begin(NamedTuple):
+    """The start of a transaction. ``commit_lsn`` is where its commit record *begins*: known before the first row.
+
+    ``cause`` is the end of the details of its events: what made them, as JSON.
+    """
 
     commit_lsn: Lsn
     committed_at: datetime
     xid: int
+    cause: bytes = NO_CAUSE
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """The end of a transaction. ``end_lsn``, just past the commit record, is what may be acknowledged."""
+class Commit(NamedTuple):
+    """The end of a transaction. ``end_lsn``, just past the commit record, is what may be acknowledged.
+
+    Its time is that of `Begin`, so it is not read again.
+    """
 
     commit_lsn: Lsn
     end_lsn: Lsn
-    committed_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +146,8 @@ class Change(NamedTuple):
 
     ``before`` holds the old row (``before_is_key`` False) or only its key columns, the others None
     (``before_is_key`` True). ``ordinal`` counts the rows of the transaction from 0, before any filter: with the
-    commit LSN it is the identity of the change, the same on every replay.
+    commit LSN it is the identity of the change, the same on every replay. ``unsent`` says that a value of ``after`` is
+    `UNCHANGED`.
     """
 
     operation: Operation
@@ -147,8 +156,9 @@ class Change(NamedTuple):
     before: Row | None
     before_is_key: bool
     after: Row | None
+    unsent: bool
 
 
 def timestamp(microseconds: int) -> datetime:
     """A server timestamp (microseconds since 2000-01-01 UTC, the protocol's epoch) as an aware datetime."""
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return _EPOCH + timedelta(0, 0, microseconds)

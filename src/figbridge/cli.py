@@ -5,8 +5,7 @@ Exit status: 0 when all is well, 2 when the configuration or the set-up is wrong
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -16,46 +15,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from figbridge import log
-from figbridge.config import Config
-from figbridge.errors import BridgeError
+from figbridge.commands import config_option as _config_option
+from figbridge.commands import reported as _reported
+from figbridge.commands.dead_letters import dead_letters
+from figbridge.config import Config, Direction
+from figbridge.errors import ConfigError, Problem
 
 _MARKS = {"ok": "[green]ok[/]     ", "warning": "[yellow]warning[/]", "error": "[red]error[/]  "}
 
 _LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR"]
-
-_config_option = click.option(
-    "-c",
-    "--config",
-    "path",
-    default="bridge.yaml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="The configuration file.",
-)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Say a failure as a person would want it at 3 a.m.: what, then the remedy; never a traceback for a known one."""
-    try:
-        yield
-    except BridgeError as error:
-        _say(error)
-        sys.exit(error.exit_status)
-    except ExceptionGroup as group:  # several loops failed at once
-        known, unknown = group.split(BridgeError)
-        if unknown is not None or known is None:
-            raise
-        errors = [error for error in known.exceptions if isinstance(error, BridgeError)]
-        for failure in errors:
-            _say(failure)
-        sys.exit(max(failure.exit_status for failure in errors))
-
-
-def _say(error: BridgeError) -> None:
-    click.echo(f"figbridge: {error}", err=True)
-    if error.hint:
-        click.echo(f"  remedy: {error.hint}", err=True)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -66,10 +34,13 @@ def main(log_level: str) -> None:
     log.configure(level=log_level)
 
 
+main.add_command(dead_letters)
+
+
 @main.command()
 @_config_option
-@click.option("--only", type=click.Choice(["forward", "reverse"]), help="Run one direction of the file's two.")
-def run(path: Path, only: Literal["forward", "reverse"] | None) -> None:
+@click.option("--only", type=click.Choice(["forward", "reverse", "relay"]), help="Run only this of what the file has.")
+def run(path: Path, only: Direction | None) -> None:
     """Run the bridge until SIGTERM."""
     with _reported():
         from figbridge import service  # noqa: PLC0415 (`--help` need not import the world)
@@ -139,6 +110,138 @@ def teardown(path: Path, drop_schema: bool) -> None:
 
 
 @main.group()
+def mapping() -> None:
+    """Try the mappings of the reverse path."""
+
+
+@mapping.command("test")
+@click.argument("path", metavar="FILE", type=click.Path(path_type=Path))
+@click.option(
+    "--event",
+    "event",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file with one event, as the queue has it.",
+)
+@click.option("--execute", is_flag=True, help="Run the statements, show the rows' difference, and roll back.")
+def mapping_test(path: Path, event: Path, execute: bool) -> None:
+    """Show what an event becomes: its keys, its statements and, with --execute, what they would change."""
+    with _reported():
+        from figbridge.reverse import rehearse  # noqa: PLC0415
+        from figbridge.reverse.bare import Bare  # noqa: PLC0415
+        from figbridge.reverse.mapping import Mappings  # noqa: PLC0415
+
+        config = Config.load(path)
+        try:
+            body = event.read_bytes()
+        except OSError as error:
+            what = error.strerror or "cannot be read"
+            raise ConfigError("no event to test with", [Problem(str(event), what, "name a file")]) from error
+        section = config.reverse
+        bare = Bare(section.bare) if section and section.bare else None
+        work = rehearse.prepare(Mappings(section.mappings if section else ()), body, bare)
+        for line in rehearse.show(work):
+            click.echo(line)
+        if execute:
+            for line in rehearse.rehearse(config.legacy.dsn.get_secret_value(), work):
+                click.echo(line)
+
+
+@main.group()
+def conflicts() -> None:
+    """What the events of the new system found otherwise than they expected, and who won."""
+
+
+@conflicts.command("list")
+@_config_option
+@click.option("--all", "everything", is_flag=True, help="Also those that are decided, resolved or dismissed.")
+@click.option("--kind", help="Only conflicts of this kind, such as update_conflict.")
+@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document, with the values.")
+def conflicts_list(path: Path, kind: str | None, limit: int, *, everything: bool, as_json: bool) -> None:
+    """The conflicts that wait for a person, the newest first; without values."""
+    with _reported():
+        from figbridge.reverse import resolve  # noqa: PLC0415
+
+        found = resolve.find(Config.load(path), state=None if everything else "open", kind=kind, most=limit)
+        if as_json:
+            click.echo(json.dumps([it.document() for it in found], indent=2))
+            return
+        for line in [resolve.told(it) for it in found] or ["there is none"]:
+            click.echo(line)
+
+
+@conflicts.command("show")
+@_config_option
+@click.argument("number", type=int)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def conflicts_show(path: Path, number: int, *, as_json: bool) -> None:
+    """One conflict, with the values: expected, before, proposed, after, and the event."""
+    with _reported():
+        from figbridge.reverse import resolve  # noqa: PLC0415
+
+        found = resolve.get(Config.load(path), number)
+        if as_json:
+            click.echo(json.dumps(found.document(), indent=2))
+            return
+        for line in resolve.shown(found):
+            click.echo(line)
+
+
+@conflicts.command("resolve")
+@_config_option
+@click.argument("number", type=int)
+@click.option(
+    "--take",
+    type=click.Choice(["new", "legacy", "dismiss"]),
+    required=True,
+    help="new: write the event's values. legacy: the row is right as it is. dismiss: it does not matter.",
+)
+@click.option("--force", is_flag=True, help="With new: also when the row has changed since.")
+def conflicts_resolve(path: Path, number: int, take: Literal["new", "legacy", "dismiss"], *, force: bool) -> None:
+    """Close a conflict, once; the new values are written as the bridge would write them."""
+    with _reported():
+        from figbridge.reverse import resolve  # noqa: PLC0415
+
+        click.echo(resolve.resolve(Config.load(path), number, take, force=force))
+
+
+@main.command()
+@_config_option
+@click.argument("tables", nargs=-1, metavar="[TABLE]...")
+@click.option("--where", metavar="SQL", help="Only the rows for which this holds; with exactly one table.")
+@click.option("--pause", "order", flag_value="pause", help="Stop reading after the chunk at hand.")
+@click.option("--resume", "order", flag_value="resume", help="Go on where it was paused.")
+@click.option("--cancel", "order", flag_value="cancel", help="Give it up; what has left has left.")
+@click.option("--status", "only_status", is_flag=True, help="Say how far it is.")
+@click.option("--follow", "followed", is_flag=True, help="Stay, and show the progress until it has ended.")
+def snapshot(
+    path: Path,
+    tables: tuple[str, ...],
+    where: str | None,
+    order: Literal["pause", "resume", "cancel"] | None,
+    *,
+    only_status: bool,
+    followed: bool,
+) -> None:
+    """Send the rows that are there already, of all tables of the file or of TABLEs, through the running bridge."""
+    with _reported():
+        from figbridge.forward.snapshot import command  # noqa: PLC0415
+
+        config = Config.load(path)
+        if order:
+            lines = command.order(config, tables, order)
+        elif only_status:
+            lines = [command.told(task) for task in command.status(config)] or ["there is none"]
+        else:
+            lines = command.request(config, tables, where)
+        for line in lines:
+            click.echo(line)
+        if followed and not command.follow(config, Console(soft_wrap=True, highlight=False)):
+            sys.exit(1)
+
+
+@main.group()
 def schema() -> None:
     """JSON Schemas."""
 
@@ -147,6 +250,62 @@ def schema() -> None:
 def schema_config() -> None:
     """The JSON Schema of the configuration file, for editors and CI."""
     click.echo(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
+
+
+@schema.command("event")
+def schema_event() -> None:
+    """The JSON Schema of the detail of every event of the forward path."""
+    from importlib import resources  # noqa: PLC0415
+
+    click.echo(
+        resources.files("figbridge.contracts").joinpath("event.schema.json").read_text(encoding="utf-8"), nl=False
+    )
+
+
+@schema.command("events")
+@_config_option
+@click.option("--into", "directory", type=click.Path(path_type=Path), help="Write one file each into this directory.")
+def schema_events(path: Path, directory: Path | None) -> None:
+    """Contracts of the events of the file's tables, as they are now: a JSON Schema for each kind."""
+    with _reported():
+        from figbridge.contracts import of_file, write  # noqa: PLC0415
+        from figbridge.forward import contract  # noqa: PLC0415
+
+        found = contract.contracts(Config.load(path))
+        if directory is None:
+            click.echo(json.dumps({of_file(kind).as_posix(): made for kind, made in found.items()}, indent=2))
+            return
+        for written in write(directory, found):
+            click.echo(written)
+
+
+@schema.command("diff")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", required=False, type=click.Path(path_type=Path))
+@click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="Instead of NEW: the live tables.")
+def schema_diff(old: Path, new: Path | None, path: Path | None) -> None:
+    """Say whom the way from the contracts in OLD to those in NEW breaks; exit status 1 if anybody."""
+    with _reported():
+        from figbridge.contracts import Contracts, difference, of_file  # noqa: PLC0415
+
+        if (new is None) is (path is None):
+            raise ConfigError(
+                "compare with what?", [Problem("NEW", "name a directory, or a file with -c", "one of both")]
+            )
+        if path is not None:
+            from figbridge.forward import contract  # noqa: PLC0415
+
+            schemas = contract.contracts(Config.load(path))
+        else:
+            schemas = Contracts.load(new or old, "NEW").schemas
+        breaks = [
+            *difference.compare(Contracts.load(old, "OLD").schemas, schemas, lambda kind: of_file(kind).as_posix())
+        ]
+        for each in breaks:
+            click.echo(str(each))
+        if breaks:
+            sys.exit(1)
+        click.echo("nobody is broken")
 
 
 @main.command()

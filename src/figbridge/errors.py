@@ -7,6 +7,7 @@ BridgeError                  hint says the remedy; exit_status is what the proce
 │   ├── SourceDisconnected   retried: the connection went, the slot keeps our place
 │   ├── SlotInUse            retried: another replica of the bridge holds the slot
 │   ├── SlotLost             stops: changes may be gone, only a human may go on
+│   │   └── SlotGap          of this very database; forward.on-slot-loss may say to go on with a backfill
 │   └── DecodeError          stops: bytes we do not understand; nothing is guessed
 ├── SinkError
 │   ├── SinkUnavailable      retried: it is not known that any entry was accepted
@@ -88,6 +89,10 @@ class SlotInUse(SourceError):
 
 class SlotLost(SourceError):
     """The slot is missing, invalidated or not ours. Changes may be lost for ever, so nothing goes on by itself."""
+
+
+class SlotGap(SlotLost):
+    """The database is ours, and the slot is missing, invalidated or was moved: a new one and a backfill can make up."""
 
 
 class DecodeError(SourceError):

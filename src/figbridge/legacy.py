@@ -1,6 +1,6 @@
-"""Ordinary connections to the legacy database, the polite way.
+"""Connections to the legacy database, the polite way.
 
-Everything that is not the replication stream goes through `connect`: it names itself in pg_stat_activity, fails fast
+Everything that is not a replication connection goes through `connect`: it names itself in pg_stat_activity, fails fast
 when the server is gone, and never leaves a transaction idle.
 
 Who is dead is found out by three clocks, because each sees what the others do not: ``connect_timeout`` while a
@@ -24,8 +24,9 @@ from figbridge.errors import BridgeError, LegacyUnavailable
 SCHEMA: Final = "figbridge"
 
 # SQLSTATE classes whose cause passes by itself: connection, serialization and deadlock, resources, object in use
-# or lock not available, operator intervention. https://www.postgresql.org/docs/current/errcodes-appendix.html
-_PASSING: Final = ("08", "40", "53", "55", "57")
+# or lock not available, operator intervention; and a database that takes no writes for now (25006), as in a failover
+# or a cut-over. https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PASSING: Final = ("08", "25006", "40", "53", "55", "57")
 
 
 # libpq's names; all of them may be set in the DSN. Together: a peer that is gone is noticed after 20 to 25 s, whether
@@ -39,12 +40,14 @@ SOCKET: Final[dict[str, int]] = {
     "tcp_user_timeout": 20_000,
 }
 PATIENCE: Final = 60.0  # seconds a statement may take when nobody says otherwise
+BRIEF: Final = 10.0  # seconds for an answer that needs no lock and little work; the capture loop waits for these
+REFUSED: Final = 5.0  # seconds: at most this long after the human has acted; oftener would fill the server's log
 
 T = TypeVar("T")
 
 
-class _Connection(psycopg.Connection[Any]):
-    """A connection that ends when an answer does not come within `patience` seconds."""
+class Connection(psycopg.Connection[Any]):
+    """A connection that ends when an answer does not come within `patience` seconds. Opening it is another clock's."""
 
     patience: float | None = None
 
@@ -85,7 +88,7 @@ def connect(
     which `translated` makes LegacyUnavailable: what it did is unknown. None waits as long as it takes.
     """
     try:
-        connection = _Connection.connect(
+        connection = Connection.connect(
             dsn,
             autocommit=autocommit,
             application_name=f"figbridge-{purpose}",
@@ -96,6 +99,15 @@ def connect(
         raise translate(error) from error
     connection.patience = patience
     return connection
+
+
+def direct(connection: psycopg.Connection) -> bool:
+    """Whether each statement reaches the same backend, so that it may keep something for us. No pooler is in between.
+
+    PgBouncer answers the start-up itself, with a process id that it makes up. Raises psycopg.Error.
+    """
+    row = connection.execute("SELECT pg_backend_pid()").fetchone()
+    return row is not None and row[0] == connection.info.backend_pid
 
 
 def socket_settings(dsn: str) -> dict[str, int]:
@@ -123,12 +135,14 @@ def translate(error: psycopg.Error) -> BridgeError:
     if state is None and (remedy := refusal.remedy(text)):
         refused = LegacyUnavailable(f"the legacy database refuses the connection: {text}", hint=remedy)
         refused.urgent = True
+        refused.retry_after = REFUSED
         return refused
     if state is None or state.startswith(_PASSING):
         return LegacyUnavailable(
             f"the legacy database is not available: {text}", hint="nothing is lost; the bridge tries again"
         )
-    return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})")
+    missing = "`figbridge check` says what is missing" if state.startswith(("3F", "42")) else ""
+    return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})", hint=missing)
 
 
 @contextmanager
@@ -142,21 +156,26 @@ def translated() -> Iterator[None]:
 
 def primary_key(dsn: str, schema: str, table: str) -> tuple[str, ...]:
     """The columns of a table's primary key, in the key's order; empty without one. Raises as `connect`."""
-    with connect(dsn, purpose="catalogue", autocommit=True) as connection, translated():
-        rows = connection.execute(
-            """
-            SELECT a.attname
-            FROM pg_index i
-            JOIN pg_class c ON c.oid = i.indrelid
-            JOIN pg_namespace n ON n.oid = c.relnamespace
-            CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, position)
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
-            WHERE i.indisprimary AND n.nspname = %s AND c.relname = %s
-            ORDER BY k.position
-            """,
-            [schema, table],
-        ).fetchall()
-        return tuple(name for (name,) in rows)
+    with connect(dsn, purpose="catalogue", autocommit=True, patience=BRIEF) as connection, translated():
+        return primary_key_of(connection, schema, table)
+
+
+def primary_key_of(connection: psycopg.Connection, schema: str, table: str) -> tuple[str, ...]:
+    """As `primary_key`, over a connection that is there. Raises psycopg.Error."""
+    rows = connection.execute(
+        """
+        SELECT a.attname
+        FROM pg_index i
+        JOIN pg_class c ON c.oid = i.indrelid
+        JOIN pg_namespace n ON n.oid = c.relnamespace
+        CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, position)
+        JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
+        WHERE i.indisprimary AND n.nspname = %s AND c.relname = %s
+        ORDER BY k.position
+        """,
+        [schema, table],
+    ).fetchall()
+    return tuple(name for (name,) in rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +197,7 @@ def type_description(dsn: str, type_oid: int) -> TypeDescription | None:
 
     https://www.postgresql.org/docs/current/catalog-pg-type.html
     """
-    with connect(dsn, purpose="catalogue", autocommit=True) as connection, translated():
+    with connect(dsn, purpose="catalogue", autocommit=True, patience=BRIEF) as connection, translated():
         row = connection.execute(
             """
             -- typelem is also set for name, point and their like: an array is what is another type's typarray

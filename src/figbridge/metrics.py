@@ -26,14 +26,32 @@ class Metrics:
         self.late_marks = self._counter(
             "forward_late_marks", "Inbox rows that came after data of their transaction: those rows left and may loop."
         )
+        self.ping_pongs = self._counter(
+            "ping_pongs",
+            "Events held as dead letters because two systems answered each other, by direction.",
+            "direction",
+        )
+        for direction in ("forward", "reverse"):
+            self.ping_pongs.labels(direction)  # from the start at 0, so that the first one is an increase
         self.rejected = self._counter(
             "forward_rejected", "Entries that the sink refused, by the service's code.", "sink", "code"
+        )
+        self.window = self._gauge(
+            "forward_requests_window",
+            "Requests that may wait for the sink's answer at once; throttling lowers it.",
+            "sink",
         )
         self.forward_dead = self._counter(
             "forward_dead_letters", "Events that went to the dead letters instead of the sink."
         )
+        self.deposited = self._counter(
+            "forward_claim_checks", "Events too large for the sink whose body was kept in S3 instead."
+        )
         self.reconnects = self._counter("forward_connections", "Replication connections that were opened.")
-        self.lag_bytes = self._gauge("forward_lag_bytes", "WAL between the server's end and what is acknowledged.")
+        self.lag_bytes = self._gauge(
+            "forward_lag_bytes",
+            "WAL between the server's end and what is acknowledged; while nothing is read, measured once a minute.",
+        )
         self.lag_seconds = self._gauge(
             "forward_lag_seconds", "Age of the newest published transaction when it was published."
         )
@@ -41,6 +59,12 @@ class Metrics:
         self.buffered_bytes = self._gauge("forward_buffered_bytes", "Bytes of the events that wait for the sink.")
         self.flushed_lsn = self._gauge("forward_flushed_lsn", "The acknowledged LSN as an integer.")
 
+        self.contract_broken = self._counter(
+            "forward_contract_broken", "Events that were set aside because they break their contract.", "contract"
+        )
+        self.filtered = self._counter(
+            "forward_filtered", "Changes of rows for which forward.select.where does not hold: not published.", "table"
+        )
         self.outbox_ignored = self._counter(
             "forward_outbox_ignored", "Changes of the outbox table that are no inserts, so no events.", "operation"
         )
@@ -59,6 +83,22 @@ class Metrics:
             registry=self.registry,
         )
 
+        self.snapshot_rows = self._counter(
+            "forward_snapshot_rows", "Rows that a snapshot has put into the stream.", "table"
+        )
+        self.snapshot_voids = self._counter(
+            "forward_snapshot_voids", "Chunks of a snapshot that were read again: a truncate, a schema, a connection."
+        )
+        self.snapshot_failures = self._counter(
+            "forward_snapshot_failures", "Snapshots of a table that failed; figbridge.snapshot says why."
+        )
+        self.snapshot_throttled = self._gauge(
+            "forward_snapshot_throttled", "1 while a snapshot waits because a standby is behind."
+        )
+
+        self.slot_recreated = self._counter(
+            "forward_slot_recreated", "Slots made anew in the place of lost ones; tables are read again each time."
+        )
         self.slot_status = self._gauge(
             "forward_slot_wal_status",
             "1 for the wal_status of the slot: reserved, extended, unreserved, lost.",
@@ -75,6 +115,35 @@ class Metrics:
         for gauge in (self.slot_room, self.slot_seconds):
             gauge.set(math.inf)  # until somebody has looked, no alert
 
+        self._reverse()
+
+        self.relayed = self._counter("relay_events", "Valid events that are durable at the relay's sink.", "sink")
+        self.quarantined = self._counter("relay_quarantined", "Invalid events that are durable in quarantine.", "sink")
+        self.relay_dead = self._counter("relay_dead_letters", "Invalid events that went to the dead letters.")
+        self.relay_invalid = self._counter(
+            "relay_invalid",
+            "Events that were set aside, by reason: contract, no_contract, malformed, reserved, id_reused, refused.",
+            "reason",
+        )
+        for reason in ("contract", "no_contract", "malformed", "reserved", "id_reused", "refused"):
+            self.relay_invalid.labels(reason)
+        self.relay_dropped = self._counter(
+            "relay_dropped",
+            "Events that were not forwarded, by reason: valid_already, quarantined_already, hops, duplicate.",
+            "reason",
+        )
+        self.relay_rejected = self._counter(
+            "relay_rejected", "Entries that sink or quarantine refused, by the service's code.", "sink", "code"
+        )
+        self.relay_window = self._gauge(
+            "relay_requests_window",
+            "Requests of one loop that may wait for the sink's answer at once; throttling lowers it.",
+            "sink",
+        )
+
+        self.ready = self._gauge("ready", "1 when a part of the bridge is ready, by part.", "part")
+
+    def _reverse(self) -> None:
         self.outcomes = self._counter(
             "reverse_events",
             "Events of the new system by outcome: applied, duplicate, ignored, retried, dead_letter.",
@@ -83,14 +152,45 @@ class Metrics:
         for outcome in ("applied", "duplicate", "ignored", "retried", "dead_letter"):
             # from the start at 0: to Prometheus a series that appears with 1 has not increased, so no alert would fire
             self.outcomes.labels(outcome)
+        self.ignored = self._counter(
+            "reverse_ignored",
+            "Events without an effect, by reason: unmapped, stale_version, delete_missing.",
+            "reason",
+        )
+        self.conflicts = self._counter(
+            "reverse_conflicts",
+            "Conflicts by kind and decision: new, legacy, merged, delta, sql; rejected waits for a person.",
+            "kind",
+            "decision",
+        )
+        for kind in (
+            "update_conflict",
+            "insert_exists",
+            "update_missing",
+            "update_deleted",
+            "unique_other",
+            "fk_missing",
+        ):
+            self.conflicts.labels(kind, "rejected")  # see above
+        self.conflicts.labels("not_owner", "rejected")
+        self.would_have = self._counter(
+            "reverse_would_have",
+            "Events of a dry run by the outcome they would have had; unchanged: applied, and no row would be another.",
+            "outcome",
+        )
+        self.would_have_conflicts = self._counter(
+            "reverse_would_have_conflicts", "Conflicts that a dry run would have had.", "kind", "decision"
+        )
+        self.parked = self._gauge("reverse_parked", "Events that wait for a row, their own or their parent.")
+        self.broken_mappings = self._gauge(
+            "reverse_broken_mappings", "Mappings that do not fit their table; their events go to the dead letters."
+        )
         self.apply_seconds = Histogram(
             "reverse_apply_seconds",
-            "Seconds of one legacy transaction of ours.",
+            "Seconds to apply one batch of events.",
             namespace="figbridge",
             registry=self.registry,
         )
-
-        self.ready = self._gauge("ready", "1 when a part of the bridge is ready, by part.", "part")
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="figbridge", registry=self.registry)

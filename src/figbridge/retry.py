@@ -71,6 +71,30 @@ class _Told:
         return True
 
 
+class Backoff:
+    """The same policy for a caller that has other things to do meanwhile: it says how long, the caller waits."""
+
+    def __init__(self, what: str, *, longest: float = 30.0) -> None:
+        self._what = what
+        self._longest = longest
+        self._told = _Told()
+
+    def seconds(self, error: BridgeError, attempt: int) -> float:
+        """Until the next try, after the `attempt`-th failed with `error`; logged as `persist` does."""
+        _tell(self._told, self._what, error, attempt)
+        if error.retry_after is not None:
+            return error.retry_after
+        state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
+        state.attempt_number = attempt
+        return wait_strategy(self._longest)(state)
+
+
+def _tell(told: _Told, what: str, error: BridgeError, attempt: int) -> None:
+    if told.is_news(str(error)):
+        log = _log.error if error.urgent else _log.warning
+        log("retrying", what=what, attempt=attempt, error=str(error), hint=error.hint or None)
+
+
 def persist(
     action: Callable[[], T],
     *,
@@ -85,15 +109,24 @@ def persist(
     `longest` is the longest wait between two tries, in seconds.
     Raises Stopped once `stop` is set, and at once whatever is not retryable.
     """
+    try:
+        return action()  # nearly always; tenacity's own first try costs as much as applying a small batch does
+    except BridgeError as error:
+        if not error.retryable:
+            raise
+        failed: list[BridgeError] = [error]
     told = _Told()
+
+    def again() -> T:
+        if failed:
+            raise failed.pop()
+        return action()
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         if not isinstance(error, BridgeError):
             return
-        if told.is_news(str(error)):
-            log = _log.error if error.urgent else _log.warning
-            log("retrying", what=what, attempt=state.attempt_number, error=str(error), hint=error.hint or None)
+        _tell(told, what, error, state.attempt_number)
         if on_retry:
             on_retry(error)
 
@@ -105,6 +138,6 @@ def persist(
         before_sleep=before_sleep,
     )
     try:
-        return retrying(action)
+        return retrying(again)
     except tenacity.RetryError as error:
         raise Stopped from error

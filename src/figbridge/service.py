@@ -1,37 +1,71 @@
 """The composition root: Config → the loops to run. The only file that knows everyone, and nothing else happens here.
 
-forward:  capture ─▶ publish   (+ canary: answers the echoes that capture recognised; + slot-watch: the slot's guard)
-reverse:  consume              (first the canary, then the queue)
+forward:  capture ─▶ publish   (+ heartbeat; + slot-watch: the slot's guard;
+                                + snapshot: reads what was there before;
+                                + canary: answers the echoes that capture recognised)
+reverse:  consume              (first the canary, then the queue; + purge: old keys leave the inbox)
+relay:    relay-1 …            (one or several; alone they need no legacy database)
 """
 
 import contextlib
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
 
 from figbridge import canary, legacy, preflight, provision
-from figbridge.change import Relation
-from figbridge.config import Config, Direction, ForwardSection, ReverseSection
-from figbridge.deadletter import TableDeadLetterStore, open_dead_letters
-from figbridge.errors import ConfigError, Problem
+from figbridge.change import Lsn, Relation
+from figbridge.config import (
+    Config,
+    ContractsSection,
+    Direction,
+    ForwardSection,
+    RelaySection,
+    ReverseSection,
+    split_table,
+)
+from figbridge.contracts import Contracts
+from figbridge.deadletter import DeadLetters, TableDeadLetterStore
+from figbridge.delivery.pack import Packing
+from figbridge.errors import ConfigError, Problem, SlotGap
+from figbridge.formats import KINDS
+from figbridge.forward.buffer import Buffer
+from figbridge.forward.capture import Capture
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.echo import EchoFilter
+from figbridge.forward.form import Form
 from figbridge.forward.guard import GuardedSource, SlotGuard
-from figbridge.forward.pipeline import Buffer, Capture, Publish
-from figbridge.forward.publish import Publisher
-from figbridge.forward.shape import Naming, Shaper
+from figbridge.forward.heartbeat import Heartbeat, Heartbeats
+from figbridge.forward.messages import Messages, server_codec
+from figbridge.forward.outbox import Outbox
+from figbridge.forward.pingpong import PingPong
+from figbridge.forward.publish import Publish, Publisher
+from figbridge.forward.sanitize import Rules
+from figbridge.forward.shape import Shaper
+from figbridge.forward.snapshot.loop import Bridge, Claims, Snapshot
+from figbridge.forward.snapshot.politeness import Pace
+from figbridge.forward.snapshot.window import Windows
+from figbridge.forward.standard import Standard
+from figbridge.forward.table import Naming
+from figbridge.forward.values import Encoders
+from figbridge.forward.versions import History, VersionStore
 from figbridge.forward.watch import SlotWatch
 from figbridge.http import HttpServer
 from figbridge.metrics import Metrics
+from figbridge.relay.judge import Judge
+from figbridge.relay.loop import Relay
+from figbridge.relay.outlet import Outlet
+from figbridge.relay.relayer import Relayer
+from figbridge.relay.seen import Seen
 from figbridge.retry import Stopped, persist
-from figbridge.reverse.apply import Applier
-from figbridge.reverse.consume import Consumer
-from figbridge.reverse.mapping import Mappings
-from figbridge.supervise import Loop, Supervisor
-from figbridge.transports import open_sink, open_source
+from figbridge.reverse.purge import Purge
+from figbridge.reverse.setup import open_consumer, purged
+from figbridge.supervise import Loop, Supervisor, tune
+from figbridge.transports import open_dead_letters, open_deposit, open_sink, open_source
 
 _log = structlog.get_logger()
 
@@ -57,32 +91,41 @@ def run(config: Config, only: Direction | None = None) -> None:
         stack.callback(http.close)
         _log.info(
             "starting",
-            legacy=legacy.describe(config.legacy.dsn.get_secret_value()),
+            legacy=legacy.describe(config.database.dsn.get_secret_value()) if config.database else None,
             directions=directions,
             http=config.http.listen,
         )
         try:
-            persist(lambda: preflight.require(config, "run", only), what="preflight", stop=supervisor.stop)
-            database = persist(lambda: _database(config), what="look up the database", stop=supervisor.stop)
+            findings = persist(lambda: preflight.require(config, "run", only), what="preflight", stop=supervisor.stop)
+            if "forward" in directions:
+                server = persist(lambda: _server(config), what="look up the database", stop=supervisor.stop)
         except Stopped:
             return
+        if "forward" in directions:
+            for finding in findings:
+                if finding.where.startswith(preflight.LEAVING):
+                    _log.info("what leaves", table=finding.where.removeprefix(preflight.LEAVING), columns=finding.what)
         loops: list[Loop] = []
         if config.forward and "forward" in directions:
             loops += _forward(
-                config, config.forward, database=database, metrics=metrics, supervisor=supervisor, stack=stack
+                config, config.forward, server=server, metrics=metrics, supervisor=supervisor, stack=stack
             )
         if config.reverse and "reverse" in directions:
-            loops.append(_reverse(config, config.reverse, metrics, stack))
+            loops += _reverse(config, config.reverse, metrics, stack)
+        if config.relay and "relay" in directions:
+            loops += _relays(config, config.relay, metrics, supervisor)
+        tune(answers="reverse" in directions)
         supervisor.run(loops)
     _log.info("stopped")
 
 
 def _directions(config: Config, only: Direction | None) -> tuple[Direction, ...]:
-    configured: list[Direction] = []
-    if config.forward:
-        configured.append("forward")
-    if config.reverse:
-        configured.append("reverse")
+    sections: dict[Direction, object] = {
+        "forward": config.forward,
+        "reverse": config.reverse,
+        "relay": config.relay,
+    }
+    configured = [name for name, section in sections.items() if section]
     if only is None:
         return tuple(configured)
     if only not in configured:
@@ -92,24 +135,34 @@ def _directions(config: Config, only: Direction | None) -> tuple[Direction, ...]
     return (only,)
 
 
-def _database(config: Config) -> str:
-    with legacy.connect(config.legacy.dsn.get_secret_value(), purpose="start") as connection:
-        return connection.info.dbname
+@dataclass(frozen=True, slots=True)
+class Server:
+    """What the forward path wants to know of the legacy database: its name, version and Python codec."""
+
+    database: str
+    version: int
+    codec: str
+
+
+def _server(config: Config) -> Server:
+    with legacy.connect(config.legacy.dsn.get_secret_value(), purpose="start") as connection, legacy.translated():
+        return Server(connection.info.dbname, connection.info.server_version, server_codec(connection))
 
 
 def _forward(
     config: Config,
     section: ForwardSection,
     *,
-    database: str,
+    server: Server,
     metrics: Metrics,
     supervisor: Supervisor,
     stack: contextlib.ExitStack,
 ) -> list[Loop]:
     dsn, slot = config.legacy.dsn.get_secret_value(), config.legacy.slot
-    published = {name: tables for name, (tables, _) in provision.publications(config).items()}
+    published = provision.publications(config)
     guard = SlotGuard(dsn, slot, table=config.guards_slot)
-    source = GuardedSource(dsn, slot, tuple(published), guard)
+    recreate = partial(_recreate, config, metrics) if config.recreates_slot else None
+    source = GuardedSource(dsn, slot, tuple(published), guard, recreate=recreate)
     stack.callback(source.close)
     sink = open_sink(section.sink)
     stack.callback(sink.close)
@@ -120,50 +173,153 @@ def _forward(
     def primary_key(relation: Relation) -> tuple[str, ...]:
         return legacy.primary_key(dsn, relation.schema, relation.name)
 
-    checkpoint, echo, buffer = Checkpoint(), EchoFilter(), Buffer(section.buffer_bytes, metrics)
-    naming = Naming(database, section.source, section.detail_type)
+    echo = EchoFilter(
+        guard=config.legacy.loop_guard,
+        origin=canary.origin(slot),
+        touched_rows=section.echo == "touched_rows",
+        # without a reverse path there is nothing of ours that a row could answer
+        ping_pong=PingPong(section.ping_pong_limit if config.reverse else 0, section.ping_pong_seconds),
+    )
+    checkpoint, buffer = Checkpoint(), Buffer(section.buffer_bytes, metrics)
+    form: Form = "debezium" if section.format == "debezium" else "native"
+    naming = Naming(server.database, section.source, section.detail_type, section.resources, form)
+    encoders = Encoders(section.numbers, partial(legacy.type_description, dsn))
+    rules = Rules(section.select, section.hash, lambda table: metrics.filtered.labels(table).inc())
+    outbox = None
+    if section.outbox:
+        outbox = Outbox(
+            section.outbox,
+            database=server.database,
+            encoders=encoders,
+            ignored=lambda operation: metrics.outbox_ignored.labels(operation).inc(),
+            rules=rules,
+        )
+    # logical messages pass pgoutput since 14
+    beating = section.heartbeat_seconds > 0 and server.version >= 140000
+    heartbeats = Heartbeats(slot, metrics) if beating else None
+    versions = VersionStore(dsn, slot) if config.keeps_versions else None
+    history = History() if section.schema_events else None
+    windows = Windows()
+    messages = Messages(section.messages, naming, outbox=outbox, heartbeats=heartbeats, codec=server.codec, slot=slot)
     capture = Capture(
         source,
         slot=slot,
         echo=echo,
-        shaper=Shaper(naming, section.numbers, primary_key),
+        shaper=Shaper(naming, encoders, primary_key, history=history, outbox=outbox, rules=rules),
+        messages=messages,
+        heartbeats=heartbeats,
+        versions=versions,
+        windows=windows,
         buffer=buffer,
         checkpoint=checkpoint,
         metrics=metrics,
         halt=supervisor.halt,
     )
-    publisher = Publisher(sink, dead_letters, metrics, supervisor.halt)
+    deposit = open_deposit(section.claim_check) if section.claim_check else None
+    if deposit:
+        stack.callback(deposit.close)
+    packing = Packing(section.pack, sink, section.pack_bytes) if section.pack != "none" else None
+    kind = KINDS[section.format]
+    publisher = Publisher(sink, dead_letters, metrics, supervisor.halt, deposit, kind=kind, packing=packing)
+    stack.callback(publisher.close)
+    standard = None
+    if section.contracts:
+        standard = _standard(section.contracts, publisher, dead_letters, metrics, supervisor, stack)
     loops: list[Loop] = [
         capture,
-        Publish(buffer, publisher, checkpoint, source, metrics),
+        Publish(
+            buffer,
+            publisher,
+            checkpoint,
+            source,
+            versions=versions,
+            standard=standard,
+            metrics=metrics,
+            halt=supervisor.halt,
+        ),
         SlotWatch(guard, source, published, metrics),
     ]
+    if heartbeats:
+        loops.append(Heartbeat(dsn, heartbeats, section.heartbeat_seconds))
+    if config.takes_snapshots:
+        excluded = split_table(section.outbox.table) if section.outbox and section.outbox.table else None
+        bridge = Bridge(
+            dsn=dsn,
+            slot=slot,
+            publication=config.legacy.publication,
+            windows=windows,
+            checkpoint=checkpoint,
+            naming=naming,
+            encoders=encoders,
+            system_identifier=lambda: source.identity.system_identifier,
+            claims=Claims(config.snapshot_tables if section.snapshot != "never" else ()),
+            metrics=metrics,
+            rules=rules,
+            excluded=excluded,
+            standby=section.snapshot_standby.get_secret_value() if section.snapshot_standby else None,
+        )
+        pace = partial(Pace, metrics, rate=section.snapshot_rows_per_second, lag=section.snapshot_standby_lag)
+        loops += [Snapshot(bridge, pace(), number=number + 1) for number in range(section.snapshot_parallel)]
     if config.reverse:
         loops.append(CanaryAnswers(echo.canaries, lambda nonce: canary.answer(dsn, nonce)))
     return loops
 
 
-def _reverse(config: Config, section: ReverseSection, metrics: Metrics, stack: contextlib.ExitStack) -> Loop:
-    dsn = config.legacy.dsn.get_secret_value()
-    source = open_source(section.source)
+def _standard(  # noqa: PLR0917 (what it is made of)
+    section: ContractsSection,
+    publisher: Publisher,
+    dead_letters: DeadLetters | None,
+    metrics: Metrics,
+    supervisor: Supervisor,
+    stack: contextlib.ExitStack,
+) -> Standard:
+    contracts = Contracts.load(section.path, "forward.contracts.path")
+    quarantine = None
+    if section.quarantine:
+        sink = open_sink(section.quarantine)
+        stack.callback(sink.close)
+        aside = Publisher(sink, dead_letters, metrics, supervisor.halt)
+        stack.callback(aside.close)
+        quarantine = aside.publish
+    return Standard(section, contracts, metrics, bury=partial(publisher.bury, attempts=0), quarantine=quarantine)
+
+
+def _recreate(config: Config, metrics: Metrics, gap: SlotGap) -> Lsn:
+    confirmed = provision.recreate(config, gap)
+    metrics.slot_recreated.inc()
+    return confirmed
+
+
+def _reverse(config: Config, section: ReverseSection, metrics: Metrics, stack: contextlib.ExitStack) -> list[Loop]:
+    dsn, kind = config.legacy.write_dsn, config.legacy.loop_guard
+    source = open_source(section.source, dsn)
     stack.callback(source.close)
-    applier = Applier(dsn, statement_timeout=section.statement_timeout, lock_timeout=section.lock_timeout)
-    stack.callback(applier.close)
 
     def prepare(stop: threading.Event) -> None:
-        if config.forward:  # without a forward path nothing can loop
-            canary.prove(dsn, config.legacy.slot, stop)
+        if config.forward and section.mode == "live":  # without a forward path, or a commit, nothing can loop
+            canary.prove(dsn, config.legacy.slot, stop, kind)
         metrics.ready.labels("reverse").set(1)
 
-    return Consumer(
-        source,
-        Mappings(section.mappings),
-        applier,
-        dead_letters=TableDeadLetterStore(dsn),
-        metrics=metrics,
-        max_attempts=section.max_attempts,
-        prepare=prepare,
-    )
+    letters = TableDeadLetterStore(dsn)
+    consumer = open_consumer(config, section, source, letters, metrics, prepare=prepare)
+    return [consumer, Purge(dsn, purged(section))]
+
+
+def _relays(config: Config, section: RelaySection, metrics: Metrics, supervisor: Supervisor) -> list[Loop]:
+    contracts = Contracts.load(section.contracts, "relay.contracts")
+    source = section.source
+    if source is None:
+        problem = Problem("relay.source", "is missing", "name the queue; only the Lambda function can do without")
+        raise ConfigError("nothing to relay", [problem])
+
+    seen = Seen(section.remember)
+
+    def relay(number: int) -> Loop:
+        outlet = Outlet.open(section, config.dsn_for(section.dead_letters), metrics, supervisor.halt)
+        relayer = Relayer(Judge(section, contracts), outlet, seen, metrics)
+        return Relay(open_source(source), relayer, metrics, number=number)
+
+    return [relay(number) for number in range(1, section.parallel + 1)]
 
 
 class CanaryAnswers:

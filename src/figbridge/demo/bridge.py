@@ -50,8 +50,7 @@ def configuration(dsn: str, *, sink: Mapping[str, Any], source: Mapping[str, Any
     tree = {
         "legacy": {"dsn": dsn, "slot": SLOT, "publication": "figbridge", "tables": tables},
         "forward": {"sink": dict(sink)},
-        # a change of status that overtook its order's creation waits for it; a killed bridge makes it wait longer
-        "reverse": {"source": dict(source), "mappings": mappings, "max-attempts": 1000},
+        "reverse": {"source": dict(source), "mappings": mappings},
         "http": {"listen": f"127.0.0.1:{port}"},
     }
     return yaml.safe_dump(tree, sort_keys=False)

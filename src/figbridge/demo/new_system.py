@@ -170,7 +170,8 @@ class NewSystem:
         if bodies:
             with self._database.transaction():
                 for body in bodies:
-                    self.hear(Change.parse(body))
+                    for change in Change.unpack(body):
+                        self.hear(change)
             self._bus.acknowledge()
 
     def hear(self, change: Change) -> None:

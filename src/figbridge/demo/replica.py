@@ -14,6 +14,9 @@ Per column and not per row, for two reasons. An update does not send a large val
 lists it in ``unchanged``), so an older event may be the one that knows it. And ownership moves column by column: what
 the new system owns already, it leaves out of `merge`, whatever the legacy system still says about it.
 
+Where changes were lost with the slot and the tables are read again, ``backfill.finished`` says ``since`` where: a row
+that was told only before that place was deleted meanwhile (`sweep`). It may come early, late or twice, as everything.
+
 Positions compare within one slot. The key of a row must not change (here it never does): a changed key would be a
 delete of the old row and an insert of the new one.
 """
@@ -43,6 +46,12 @@ class Position(NamedTuple):
 NEVER: Final = Position(0, -1)
 
 
+def _read(envelope: bytes) -> dict[str, Any]:
+    # Decimal: a float would drop the digits of a large total
+    detail: dict[str, Any] = json.loads(envelope, parse_float=Decimal)["detail"]
+    return detail
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Change:
     """One row change that an event told: `columns` holds the values it carried, none for a delete."""
@@ -57,8 +66,18 @@ class Change:
     @classmethod
     def parse(cls, envelope: bytes) -> Self:
         """From an event as the bus delivers it. Raises KeyError or ValueError when it is none of figbridge's."""
-        # Decimal: a float would drop the digits of a large total
-        detail = json.loads(envelope, parse_float=Decimal)["detail"]
+        return cls.of(_read(envelope))
+
+    @classmethod
+    def unpack(cls, envelope: bytes) -> "list[Self]":
+        """`parse` of an event, or of each event of a pack (docs/packing.md)."""
+        detail = _read(envelope)
+        events = [it["detail"] for it in detail["events"]] if detail["op"] == "pack" else [detail]
+        return [cls.of(it) for it in events]
+
+    @classmethod
+    def of(cls, detail: Mapping[str, Any]) -> Self:
+        """From the detail of an event. Raises as `parse`."""
         if detail["op"] not in {"insert", "update", "delete", "read"}:
             raise ValueError(f"this consumer does not know the operation {detail['op']!r}")
         columns = {} if detail["op"] == "delete" else detail["after"]
@@ -80,6 +99,12 @@ class Row:
     columns: Mapping[str, Value] = dataclasses.field(default_factory=dict)
     told: Mapping[str, Position] = dataclasses.field(default_factory=dict)
     deleted: Position = NEVER
+
+
+def sweep(row: Row, since: str) -> Row:
+    """`row` after ``backfill.finished`` with that ``since``; one that nobody told stays. Of each row of the table."""
+    gone = Change("", "", 0, "delete", {}, Position.parse({"commit_lsn": since, "ordinal": -1}))
+    return merge(row, gone) if row.told else row
 
 
 def merge(row: Row, change: Change, *, inserts_only: Collection[str] = ()) -> Row:

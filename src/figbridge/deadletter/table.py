@@ -1,0 +1,129 @@
+"""figbridge.dead_letter in the legacy database: letters of both directions, in the order in which they came."""
+
+import json
+from collections.abc import Generator, Sequence
+from typing import Any, Final
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from figbridge import legacy
+from figbridge.deadletter.letter import DeadLetter, Kept, Wanted, writable
+from figbridge.errors import BridgeError
+
+_PAGE: Final = 500  # letters looked up at once
+_PAGE_BYTES: Final = 4 * 1024 * 1024  # of bodies read at once, and one more letter
+
+_INSERT: Final = """
+    INSERT INTO figbridge.dead_letter (id, direction, event_id, reason, message, attempts, body, statement, table_name,
+        position, key, old_key, whole_table, created_at)
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (id) DO NOTHING
+"""
+# The sizes are summed up before a body is read: bodies lie beside the table (TOAST), and one may be a megabyte.
+_SCAN: Final = """
+    SELECT l.place, l.direction, l.event_id, l.reason, l.message, l.attempts, l.body, coalesce(l.statement, ''),
+           l.table_name, l.position::text, l.key, l.old_key, l.whole_table, l.created_at
+    FROM (
+        SELECT place, sum(size) OVER (ORDER BY place) - size AS before FROM (
+            SELECT place, octet_length(body) AS size FROM figbridge.dead_letter
+            WHERE place > %(after)s
+              AND (%(direction)s::text IS NULL OR direction = %(direction)s)
+              AND (%(reason)s::text IS NULL OR reason = %(reason)s)
+              AND (%(table)s::text IS NULL OR table_name = %(table)s)
+              AND (%(since)s::timestamptz IS NULL OR created_at >= %(since)s)
+              AND (cardinality(%(ids)s::text[]) = 0 OR event_id = ANY (%(ids)s)
+                   OR EXISTS (SELECT FROM unnest(%(ids)s::text[]) AS i WHERE starts_with(id, i)))
+            ORDER BY place LIMIT %(page)s
+        ) AS sized
+    ) AS page
+    JOIN figbridge.dead_letter l USING (place)
+    WHERE page.before < %(bytes)s
+    ORDER BY place
+"""
+
+
+class TableDeadLetterStore:
+    """The table at `dsn`; a connection for each call, because letters are rare."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self.name = "figbridge.dead_letter"
+
+    def add(self, letters: Sequence[DeadLetter]) -> None:
+        """See `DeadLetters.add`. Raises LegacyUnavailable, BridgeError."""
+        with legacy.connect(self._dsn, purpose="dead-letters") as connection, legacy.translated():
+            insert_letters(connection, letters)
+
+    def check(self) -> None:
+        """The table is there and may be written to. Raises LegacyUnavailable, BridgeError."""
+        with legacy.connect(self._dsn, purpose="dead-letters", autocommit=True) as connection, legacy.translated():
+            row = connection.execute(
+                "SELECT has_table_privilege(c, 'INSERT') AND has_table_privilege(c, 'SELECT') "
+                "FROM to_regclass('figbridge.dead_letter') AS c"
+            ).fetchone()
+        if row is None or row[0] is None:  # to_regclass asks for USAGE on the schema, too
+            raise BridgeError(
+                "there is no table figbridge.dead_letter that the role may see",
+                hint="run `figbridge init`, and grant USAGE on the schema",
+            )
+        if not row[0]:
+            raise BridgeError(
+                "the role may not write to figbridge.dead_letter",
+                hint="grant it SELECT, INSERT and DELETE on the table",
+            )
+
+    def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:
+        """See `DeadLetterStore.scan`: in the order of their arrival, each once."""
+        question = {
+            "direction": wanted.direction,
+            "reason": wanted.reason,
+            "table": wanted.table,
+            "since": wanted.since,
+            "ids": list(wanted.ids),
+            "page": _PAGE,
+            "bytes": _PAGE_BYTES,
+            "after": 0,
+        }
+        # no transaction stays open while the letters are worked on: it would hold back VACUUM everywhere
+        with legacy.connect(self._dsn, purpose="dead-letters", autocommit=True) as connection:
+            while True:
+                with legacy.translated():
+                    page = connection.execute(_SCAN, question).fetchall()
+                yield from map(_read, page)
+                if not page:
+                    return
+                question["after"] = page[-1][0]
+
+    def remove(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.remove`."""
+        with legacy.connect(self._dsn, purpose="dead-letters") as connection, legacy.translated():
+            places = [it.place for it in kept]
+            connection.execute("DELETE FROM figbridge.dead_letter WHERE place = ANY (%s)", [places])
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _read(row: TupleRow) -> Kept:
+    place, direction, event_id, reason, message, attempts, body, statement, table, position, *rest = row
+    where: dict[str, Any] | None = json.loads(position) if position else None
+    letter = DeadLetter(direction, event_id, reason, message, attempts, bytes(body), statement, table, where, *rest)
+    return Kept(letter, place)
+
+
+def insert_letters(connection: psycopg.Connection, letters: Sequence[DeadLetter]) -> None:
+    """Write `letters` in the connection's current transaction; what is there already stays as it is."""
+    with connection.cursor() as cursor:
+        cursor.executemany(_INSERT, [_row(letter) for letter in letters])
+
+
+def _row(it: DeadLetter) -> tuple[Any, ...]:
+    position = json.dumps(it.position) if it.position else None
+    # a text column cannot hold NUL, and a message may quote the event
+    texts = [_text(it.event_id), it.reason, _text(it.message)]
+    keys = [_text(it.table), position, _text(it.key), _text(it.old_key), it.whole_table]
+    return (it.id, it.direction, *texts, it.attempts, it.body, it.statement or None, *keys, it.created_at)
+
+
+def _text(value: str | None) -> str | None:
+    return writable(value.replace("\0", "\\0")) if value is not None else None
