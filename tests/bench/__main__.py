@@ -5,10 +5,14 @@ import time
 from pathlib import Path
 
 from bench.backlog import Legacy
+from bench.contracts import contracts
 from bench.forward import Size, large, latency, rate, slow
 from bench.report import Report
+from bench.reverse import reverse
+from bench.sinks import sinks
+from bench.snapshot import snapshot
 
-STAGES = ("rate", "memory", "latency")
+STAGES = ("rate", "memory", "latency", "snapshot", "reverse", "sinks", "contracts")
 
 
 def main() -> None:
@@ -18,6 +22,7 @@ def main() -> None:
     add("--rows", type=int, default=500_000, help="rows of the backlogs that peers read too")
     add("--runs", type=int, default=3, help="runs of each reader, of which the median counts")
     add("--large-rows", type=int, default=2_000_000, help="rows of the large transaction; the promise is 5000000")
+    add("--snapshot-rows", type=int, default=1_000_000, help="rows of the table that is read; the promise is 5000000")
     add("--admit", type=int, default=20_000, help="rows a second that the slow sink admits")
     add("--slow-seconds", type=float, default=15.0, help="how long the slow sink is watched")
     add("--latency-seconds", type=int, default=12, help="how long rows are committed at 1000 a second")
@@ -34,15 +39,25 @@ def main() -> None:
         options.latency_seconds,
     )
     began = time.monotonic()
-    with Legacy() as legacy:
-        report = Report(legacy.version, size.runs)
-        if "rate" in stages:
-            rate(legacy, size, report, options.debezium_python)
-        if "memory" in stages:
-            slow(legacy, size, report)
-            large(legacy, size, report)
-        if "latency" in stages:
-            latency(legacy, size, report)
+    report = Report("not used", size.runs)
+    if set(stages) - {"sinks", "contracts"}:
+        with Legacy() as legacy:
+            report.server = legacy.version
+            if "rate" in stages:
+                rate(legacy, size, report, options.debezium_python)
+            if "memory" in stages:
+                slow(legacy, size, report)
+                large(legacy, size, report)
+            if "latency" in stages:
+                latency(legacy, size, report)
+            if "snapshot" in stages:
+                snapshot(legacy, size, options.snapshot_rows, report)
+            if "reverse" in stages:
+                reverse(legacy, size, report)
+    if "sinks" in stages:
+        sinks(size.runs, report)
+    if "contracts" in stages:
+        contracts(report)
     report.seconds = time.monotonic() - began
     report.write(options.json)
     print(report)

@@ -90,6 +90,11 @@ class Legacy:
     def dsn(self) -> str:
         return self._server.dsn()
 
+    def database(self, name: str) -> str:
+        """The DSN of an empty database beside it, made by this call."""
+        self._connection.execute(f'CREATE DATABASE "{name}"')
+        return self._server.dsn(name)
+
     def program(self, name: str) -> str:
         """The path of one of the server's programs."""
         return str(self._server.program(name))
@@ -113,6 +118,14 @@ class Legacy:
         for slot in slots:
             self._connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
         self._connection.execute("CHECKPOINT")  # the WAL of the last backlog goes now, not while somebody is measured
+
+    def slot(self, name: str) -> None:
+        """Make one more slot."""
+        self._connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+
+    def execute(self, statement: str, parameters: Sequence[object] = ()) -> None:
+        """Run it."""
+        self._connection.execute(statement, parameters or None)
 
     def end(self) -> Lsn:
         """Where the last commit ends. The *flush* position: the insert position may be past a page header more."""

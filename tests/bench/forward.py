@@ -93,6 +93,12 @@ def latency(legacy: Legacy, size: Size, report: Report) -> None:
     """Commit to durable: pgbench commits rows at a fixed rate, one a transaction, from a process of its own."""
     say(f"latency at {size.commits:,} commits/s, for {size.latency_seconds} s")
     legacy.begin(["latency"])
+    with Bridge(legacy.dsn, "latency", Load(timed=True)) as bridge:
+        report.latency = pgbench(legacy, "latency", bridge, size)
+
+
+def pgbench(legacy: Legacy, slot: str, bridge: Bridge, size: Size) -> Latency:
+    """Commit rows and read them from `slot`."""
     with tempfile.TemporaryDirectory(prefix="figbridge-bench-") as directory:
         script = Path(directory) / "insert.sql"
         script.write_text(INSERT_ONE)
@@ -100,17 +106,16 @@ def latency(legacy: Legacy, size: Size, report: Report) -> None:
             legacy.program("pgbench"), "-n", "-M", "prepared", "-f", str(script), "-R", str(size.commits),
             "-c", "4", "-T", str(size.latency_seconds), legacy.dsn,
         ]  # fmt: skip
-        with Bridge(legacy.dsn, "latency", Load(timed=True)) as bridge:
-            until(lambda: legacy.streaming("latency"), 60, "the bridge reads its slot")
-            written = proc.run(command, deadline=size.latency_seconds + 60)
-            committed = int(_figure(written.output, r"actually processed: (\d+)"))
-            run, _ = bridge.read(committed)
+        until(lambda: legacy.streaming(slot), 60, "the bridge reads its slot")
+        written = proc.run(command, deadline=size.latency_seconds + 60)
+        committed = int(_figure(written.output, r"actually processed: (\d+)"))
+        run, _ = bridge.read(committed)
     if len(run.latencies) != committed:
         raise RuntimeError(f"{len(run.latencies)} latencies of {committed} commits")
     milliseconds = sorted(1000 * seconds for seconds in run.latencies)
     tps = float(_figure(written.output, r"^tps = ([\d.]+)"))
     p50, p99 = percentile(milliseconds, 50), percentile(milliseconds, 99)
-    report.latency = Latency(tps, committed, p50, p99, milliseconds[-1])
+    return Latency(tps, committed, p50, p99, milliseconds[-1])
 
 
 def _figure(output: str, pattern: str) -> str:

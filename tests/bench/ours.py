@@ -13,6 +13,7 @@ call returned that made the last row durable. Memory is read from /proc, so Linu
 
 import contextlib
 import multiprocessing
+import operator
 import os
 import tempfile
 import threading
@@ -28,13 +29,12 @@ from bench.backlog import PUBLICATION
 from bench.proc import Finished, cpu_seconds, memory
 from figbridge import log, service
 from figbridge.config import Config
-from figbridge.event import Event, Rejection
+from figbridge.event import Event, Lines, Rejection
 from figbridge.metrics import Metrics
-from figbridge.supervise import Loop, Supervisor
+from figbridge.supervise import Loop, Supervisor, tune
 from figbridge.transports.file import FileSink
 
-_ROW = "orders.inserted"  # the detail type of a row: a heartbeat or a schema event is none
-_LINE = b'"detail-type":"orders.inserted"'
+_DETAIL_TYPE = operator.attrgetter("detail_type")
 _LOOK = 0.05  # seconds between two looks at whether the loops live and the buffer is full
 _SAMPLE = 0.1  # seconds between two looks at its memory
 
@@ -46,11 +46,15 @@ class Load:
     admit    at most so many events a second get into the file (None: as many as it takes)
     seconds  end this long after the first rows, wherever it is then (None: when all rows are durable)
     timed    note commit-to-durable of every row
+    row      the detail-type of the rows that count: a heartbeat or a schema event is none
+    snapshot  read the table's rows, too, beside the stream
     """
 
     admit: int | None = None
     seconds: float | None = None
     timed: bool = False
+    row: str = "orders.inserted"
+    snapshot: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,14 @@ class MeasuredSink(FileSink):
             self._due = (self._due or time.monotonic()) + len(events) / self._load.admit
             self.free.wait(self._due - time.monotonic())
         rejections = super().publish(events)
-        if self._load.timed:
+        read = isinstance(events, Lines)  # rows of a snapshot, all of one table, and not made into events for us
+        if self._load.timed and not read:
             self._returns.append((time.time(), events))
-        rows = self.last.rows + [event.detail_type for event in events].count(_ROW)
+        rows = self.last.rows  # it counts as ours
+        if read:
+            rows += len(events) * (self._load.row == "orders.read")
+        else:
+            rows += operator.countOf(map(_DETAIL_TYPE, events), self._load.row)
         self.last = Mark(rows, time.monotonic(), cpu_seconds())
         if rows and self.first is None:
             self.first = self.last
@@ -127,23 +136,35 @@ class MeasuredSink(FileSink):
             returned - event.time.timestamp()
             for returned, events in self._returns
             for event in events
-            if event.detail_type == _ROW
+            if event.detail_type == self._load.row
         ]
 
 
 def wire(
-    dsn: str, slot: str, sink: FileSink, *, metrics: Metrics, supervisor: Supervisor, stack: contextlib.ExitStack
+    dsn: str,
+    slot: str,
+    sink: FileSink,
+    load: Load,
+    *,
+    metrics: Metrics,
+    supervisor: Supervisor,
+    stack: contextlib.ExitStack,
 ) -> tuple[list[Loop], int]:
     """The loops of a bridge's forward path, and how many bytes its buffer holds."""
     document = {
         "legacy": {"dsn": dsn, "slot": slot, "publication": PUBLICATION, "tables": ["public.orders"]},
-        "forward": {"sink": {"type": "file", "path": "ours"}},
+        "forward": {"sink": {"type": "file", "path": "ours"}, "snapshot": "initial" if load.snapshot else "never"},
     }
     config = Config.model_validate(document)
     assert config.forward
     with mock.patch.object(service, "open_sink", return_value=sink):
         loops = service._forward(
-            config, config.forward, database="bench", metrics=metrics, supervisor=supervisor, stack=stack
+            config,
+            config.forward,
+            server=service.Server("bench", 180000, "utf-8"),
+            metrics=metrics,
+            supervisor=supervisor,
+            stack=stack,
         )
     return loops, config.forward.buffer_bytes
 
@@ -151,12 +172,13 @@ def wire(
 def measure(dsn: str, slot: str, load: Load, channel: Connection) -> None:
     """The process: read `slot` until as many rows are durable as `channel` says, and answer with a `Run`."""
     log.configure(level="WARNING")
+    tune(answers=False)
     supervisor, metrics, failures = Supervisor(grace=60), Metrics(), list[BaseException]()
     with contextlib.ExitStack() as stack:
         directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="figbridge-bench-"))
         path = Path(directory) / "events"
         sink = MeasuredSink(path, load)
-        loops, room = wire(dsn, slot, sink, metrics=metrics, supervisor=supervisor, stack=stack)
+        loops, room = wire(dsn, slot, sink, load, metrics=metrics, supervisor=supervisor, stack=stack)
 
         def run() -> None:
             try:
@@ -186,7 +208,7 @@ def measure(dsn: str, slot: str, load: Load, channel: Connection) -> None:
             raise failures[0]
         first = sink.first or last
         if load.seconds is None:
-            rows = _rows(path)
+            rows = _rows(path, load)
         else:
             start, rows = first, last.rows - first.rows
         latencies = sink.latencies()
@@ -198,10 +220,11 @@ def _over(sink: MeasuredSink, load: Load) -> bool:
     return bool(load.seconds and sink.first and time.monotonic() - sink.first.clock > load.seconds)
 
 
-def _rows(path: Path) -> int:
+def _rows(path: Path, load: Load) -> int:
     """The rows that are in the file: what was not written was not fast."""
     with path.open("rb") as file:
-        return sum(_LINE in line for line in file)
+        wanted = b'"detail-type":"%b"' % load.row.encode()
+        return sum(wanted in line for line in file)
 
 
 class Bridge:

@@ -10,6 +10,7 @@ jars; figbridge does not depend on either.
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,15 @@ from bench import proc
 from bench.backlog import PUBLICATION, Backlog, Legacy
 
 _DEADLINE = 900.0  # seconds; a reader that takes longer hangs
+_COPY = """
+import json, sys, time, psycopg
+with psycopg.connect(sys.argv[1]) as connection, connection.cursor() as cursor:
+    began, used = time.monotonic(), time.process_time()
+    with cursor.copy("COPY orders TO STDOUT") as copy:
+        for row in copy:
+            pass
+    print(json.dumps({"seconds": time.monotonic() - began, "cpu": time.process_time() - used}))
+"""
 _RUNNER = Path(__file__).with_name("debezium_engine.py")
 
 
@@ -27,6 +37,13 @@ def pg_recvlogical(legacy: Legacy, slot: str, backlog: Backlog) -> proc.Finished
         "-E", str(backlog.end), "-o", "proto_version=1", "-o", f"publication_names={PUBLICATION}", "--no-loop",
     ]  # fmt: skip
     return proc.run(command, deadline=_DEADLINE)
+
+
+def psycopg_copy(legacy: Legacy) -> proc.Finished:
+    """Read the table by ``COPY … TO STDOUT`` in a Python of its own, and throw the rows away."""
+    done = proc.run([sys.executable, "-c", _COPY, legacy.dsn], deadline=_DEADLINE)
+    told = json.loads(done.output)
+    return proc.Finished(told["seconds"], told["cpu"], done.peak, "")
 
 
 def debezium_missing(python: str | None) -> str | None:

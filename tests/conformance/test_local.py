@@ -111,7 +111,7 @@ def test_each_subscriber_gets_everything_from_the_beginning(sink: LocalSink, pat
 def test_more_than_a_batch_is_delivered_in_order(sink: LocalSink, path: Path) -> None:
     sink.publish([event(n) for n in range(1_050)])
     with subscribed(path) as source:
-        assert len(source.receive(wait=0)) == 100
+        assert len(source.receive(wait=0)) == 500
     with subscribed(path) as source:
         assert numbers(drain(source, 1_050)) == list(range(1_050))
         assert not source.receive(wait=0)

@@ -17,7 +17,8 @@ from figbridge.config import MappingSection
 from figbridge.errors import BridgeError, LegacyUnavailable
 from figbridge.event import Received
 from figbridge.reverse.apply import Applied, Applier, Outcome
-from figbridge.reverse.mapping import Malformed, Mapping, parse
+from figbridge.reverse.mapping import Mapping
+from figbridge.reverse.message import Malformed, parse
 from fixtures.postgres import Database
 
 SHOP = """
@@ -463,14 +464,34 @@ def test_the_statement_timeout_ends_a_slow_trigger(shop: Database, make: Make) -
         make(shop, statement_timeout=0.05).apply(event({"id": 1, "status": "new"}), mapping("insert"))
 
 
+def test_a_bridge_that_stops_between_statement_and_commit_holds_no_row_for_long(shop: Database, make: Make) -> None:
+    """Paused by its host, or out of memory: the legacy application gets its rows back, and nothing is lost."""
+    shop.execute("INSERT INTO shop.orders (id, status) VALUES (1, 'old')")
+    paused = iter([True])
+
+    def stand_still(step: str) -> None:
+        if step == "executed" and next(paused, False):
+            # waits for the row, which is ours, until the server takes it from us
+            shop.execute("SET lock_timeout = '20s'; UPDATE shop.orders SET status = 'theirs' WHERE id = 1")
+
+    applier = make(shop, on_step=stand_still, statement_timeout=0.3)
+    work = mapping("update").prepare(event({"id": 1, "status": "new"}))
+    with pytest.raises(LegacyUnavailable):
+        applier.apply_all([work])
+    assert orders(shop) == [(1, "theirs")]
+    assert applier.apply_all([work]) == {work: Applied(Outcome.APPLIED)}
+    assert orders(shop) == [(1, "new")]
+
+
 def test_no_setting_outlives_the_transaction(shop: Database, make: Make) -> None:
     """Behind PgBouncer the session is somebody else's a moment later."""
     applier = make(shop, lock_timeout=0.05, statement_timeout=0.05)
     applier.apply(event({"id": 1, "status": "new"}), mapping("insert"))
     applier.apply(event({"id": 1, "status": "text"}), mapping("update", set={"quantity": "detail.status"}))
     assert applier._connection is not None
-    shown = [applier._connection.execute(f"SHOW {name}").fetchone() for name in ("statement_timeout", "lock_timeout")]
-    assert shown == [("0",), ("0",)]
+    names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
+    shown = [applier._connection.execute(f"SHOW {name}").fetchone() for name in names]
+    assert shown == [("0",), ("0",), ("0",)]
     assert applier._connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 

@@ -15,7 +15,7 @@ from figbridge.config import OutboxSection
 from figbridge.event import Event, Rejection
 from figbridge.forward.messages import Messages, server_codec
 from figbridge.forward.outbox import Outbox
-from figbridge.forward.shape import Naming
+from figbridge.forward.table import Naming
 from figbridge.forward.values import Encoders
 from fixtures.postgres import Database
 from fixtures.stream import Stream
@@ -116,6 +116,10 @@ def test_messages_leave_by_prefix_with_ids_of_their_own(each_database: Database)
         assert (binary["transactional"], binary["committed_at"]) == (False, None)
         assert three.time >= begin.committed_at
         assert detail(four)["content"] == "not transactional, so it stays"
+    with reading(each_database, "*") as stream:
+        stream.read(lambda: len(stream.changes) == 3)
+    prefixes = [detail(it)["prefix"] for it in stream.events]
+    assert prefixes == ["audit", "other", "app.order\n", "audit", "audit"]  # all but ours
 
 
 def test_a_message_comes_again_with_the_same_id_until_its_own_lsn_is_confirmed(each_database: Database) -> None:
@@ -129,7 +133,7 @@ def test_a_message_comes_again_with_the_same_id_until_its_own_lsn_is_confirmed(e
 
     def read() -> tuple[list[int], list[tuple[str, bytes]], Stream]:
         with reading(each_database, "audit") as stream:
-            stream.read(lambda: stream.changes and stream.changes[-1].after == [b"2"])
+            stream.read(lambda: stream.changes and stream.changes[-1].after == (b"2",))
             return [len(stream.changes)], [(it.id, it.detail) for it in stream.events], stream
 
     rows, events, first = read()

@@ -147,7 +147,8 @@ def test_a_table_with_a_catch(shop: Database, case: str) -> None:
 def test_a_table_as_it_should_be(each_database: Database, case: str) -> None:
     each_database.execute(SHOP + FINE[case])
     found = inspected(config_of(each_database.dsn, "shop.t"))
-    assert [it.level for it in found if it.where == "table shop.t"] == ["ok"]
+    caught = each_database.version < 15 and case == "partitioned"  # ATTACH PARTITION is not noticed there
+    assert [it.level for it in found if it.where == "table shop.t"] == ["warning", "ok"][not caught :]
 
 
 def test_a_generated_column_in_the_identity_breaks_updates_since_18(each_database: Database) -> None:

@@ -1,5 +1,6 @@
 """Each finding about the figbridge schema, the mappings, the sink and the queue, provoked for real."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from figbridge.config import MappingSection
 from figbridge.event import Received
 from figbridge.preflight import Finding
 from figbridge.preflight.reverse import rights
+from figbridge.provision.statements import schema_sql
+from figbridge.reverse.apply import Applier
 from figbridge.reverse.mapping import Mapping
+from figbridge.reverse.outcome import Outcome
+from figbridge.reverse.statement import Statement
 from fixtures.checked import Found, config_of, inspected, mapping, role
 from fixtures.postgres import Database
 
@@ -127,7 +132,8 @@ def test_what_is_said_to_fit_does(shop: Database, columns: tuple[Any, ...]) -> N
     assert mapped(shop, tree).only("ok", "reverse.mappings.0")
     section = MappingSection.model_validate(tree)
     row = {"id": 1, "status": "a", "ref": "r", "number": 7, "name": "n"}
-    statement = Mapping(section).statement(Received("e", "s", "t", {"detail": row}))
+    (statement,) = Mapping(section).statements(Received("e", "s", "t", {"detail": row}))
+    assert isinstance(statement, Statement)
     with role(shop) as (name, dsn):
         config = config_of(dsn, slot=shop.slot, mappings=[tree])
 
@@ -136,7 +142,7 @@ def test_what_is_said_to_fit_does(shop: Database, columns: tuple[Any, ...]) -> N
 
         def execute() -> None:
             with psycopg.connect(dsn) as connection:
-                psycopg.RawCursor(connection).execute(statement.query, [statement.document])
+                psycopg.RawCursor(connection).execute(statement.query, statement.parameters)
                 connection.rollback()
 
         for finding in lacking():
@@ -154,12 +160,79 @@ def test_what_is_said_to_fit_does(shop: Database, columns: tuple[Any, ...]) -> N
         execute()
 
 
+NEW_WINS: dict[str, Any] = {"policy": "new_wins"}
+# (columns of the mapping, conflicts) → where below the mapping, and what is said
+UNRULED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str, str]] = {
+    "no such column": (
+        ("shop.orders", "update", ["id"], ["total"]), NEW_WINS | {"before": {"totl": "detail.t"}}, "", "no column totl",
+    ),
+    "no such version": (
+        ("shop.orders", "update", ["id"], ["total"]), NEW_WINS | {"version": {"column": "v", "seen": "a"}}, "",
+        "no column v",
+    ),
+    "several rows": (("shop.orders", "update", ["status"], ["total"]), NEW_WINS, "", "no one row to compare with"),
+    "insert without key": (("shop.orders", "insert", [], ["status"]), NEW_WINS, "", "cannot be named"),
+    "delta of a text": (
+        ("shop.orders", "update", ["id"], ["status"]), {"policy": "delta", "before": {"status": "detail.s"}}, ".status",
+        "operator does not exist",
+    ),
+    "not SQL": (
+        ("shop.orders", "update", ["id"], ["total"]),
+        NEW_WINS | {"groups": [{"columns": "total", "sql": "greatest(currant.total, new.total)"}]}, ".total",
+        "missing FROM-clause entry",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNRULED)
+def test_rules_for_conflicts_that_cannot_work(shop: Database, case: str) -> None:
+    columns, conflicts, place, said = UNRULED[case]
+    shop.execute(schema_sql())
+    found = mapped(shop, mapping(*columns) | {"conflicts": conflicts})
+    assert said in found.only("error", f"reverse.mappings.0.conflicts{place}").what
+
+
+@pytest.mark.parametrize(
+    ("columns", "conflicts"),
+    [
+        (("shop.orders", "update", ["id"], ["total"]), {"policy": "legacy_wins", "before": {"status": "detail.s"}}),
+        (("shop.orders", "update", ["id"], ["total"]), {"policy": "new_wins"}),
+        (("shop.orders", "upsert", ["id"], ["total"]), {"policy": "delta", "before": {"total": "detail.s"}}),
+        (("shop.orders", "insert", [], ["id", "total"]), {"policy": "new_wins"}),
+        (("shop.orders", "delete", ["id"]), {"policy": "new_wins"}),
+    ],
+    ids=lambda it: "-".join(map(str, it[:2])) if isinstance(it, tuple) else "",
+)
+def test_the_rights_that_rules_need_are_enough(shop: Database, columns: Any, conflicts: Any) -> None:
+    """Where the row is there, and where it is not."""
+    shop.execute(schema_sql())
+    tree = mapping(*columns) | {"conflicts": conflicts}
+    shop.execute("INSERT INTO shop.orders (id, total) VALUES (1, 1)")
+    compiled = Mapping(MappingSection.model_validate(tree))
+    with role(shop) as (name, dsn):
+        shop.execute(
+            f"GRANT USAGE ON SCHEMA figbridge TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA figbridge TO {name}"
+        )
+        config = config_of(dsn, slot=shop.slot, mappings=[tree])
+        for finding in inspected(config, "run"):
+            if finding.level == "error" and finding.where == "reverse.mappings.0":
+                shop.execute(finding.remedy)
+        assert inspected(config, "run").errors == []
+        with contextlib.closing(Applier(dsn, statement_timeout=5, lock_timeout=5)) as applier:
+            for row in (1, 2):
+                detail = {"id": row, "total": 3, "s": 2}
+                event = Received(f"e{row}", "s", "t", {"detail": detail})
+                applied = applier.apply(event, compiled)
+                assert applied.outcome is not Outcome.DEAD_LETTER, applied
+
+
 def test_an_upsert_reads_what_it_sets(shop: Database) -> None:
     """EXCLUDED.status counts as reading status; a right on the key alone is not enough, and the server agrees."""
     tree = mapping("shop.orders", "upsert", ["id"], ["status"])
-    statement = Mapping(MappingSection.model_validate(tree)).statement(
+    (statement,) = Mapping(MappingSection.model_validate(tree)).statements(
         Received("e", "s", "t", {"detail": {"id": 1, "status": "a"}})
     )
+    assert isinstance(statement, Statement)
     with role(shop) as (name, dsn):
         shop.execute(
             f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT SELECT (id), INSERT, UPDATE ON shop.orders TO {name}"
@@ -170,9 +243,9 @@ def test_an_upsert_reads_what_it_sets(shop: Database) -> None:
         with psycopg.connect(dsn, autocommit=True) as connection:
             cursor = psycopg.RawCursor(connection)
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                cursor.execute(statement.query, [statement.document])
+                cursor.execute(statement.query, statement.parameters)
             shop.execute(f"GRANT SELECT (status) ON shop.orders TO {name}")
-            cursor.execute(statement.query, [statement.document])
+            cursor.execute(statement.query, statement.parameters)
         assert inspected(config, "run").only("ok", "reverse.mappings.0")
 
 

@@ -72,9 +72,17 @@ def test_a_server_that_was_set_up_for_something_else() -> None:
     assert "max_replication_slots = 6" in said(found, "error", "all 1 replication slots are taken").remedy
     assert "max_wal_senders = 6" in said(found, "error", "all 1 walsenders are busy").remedy
     assert "no replication connection" in found.only("error", "role postgres").what
-    assert said(found, "warning", "wal_sender_timeout is 0")
+    assert said(found, "ok", "wal_sender_timeout is 0; in the bridge's session at most 5s")
     assert said(found, "ok", "a slot keeps at most 1GB of WAL")
     assert found.only("ok", "table shop.orders")
+
+
+@pytest.mark.parametrize(("value", "after"), [("0", "until TCP gives up"), ("1min", "for 60 s")])
+def test_a_timeout_that_was_chosen_for_us_and_delays_a_take_over(shop: Database, value: str, after: str) -> None:
+    shop.execute(f"ALTER DATABASE {shop.name} SET wal_sender_timeout = '{value}'")
+    finding = said(inspected(config_of(shop.dsn)), "warning", f"wal_sender_timeout is {value}")
+    assert after in finding.what
+    assert "RESET wal_sender_timeout" in finding.remedy
 
 
 def test_a_forward_path_that_is_not_there_needs_no_logical_wal() -> None:
@@ -126,7 +134,7 @@ def test_a_standby() -> None:
         (one._data / "standby.signal").touch()
         one.start()
         found = inspected(config_of(one.dsn()))
-        assert "target_session_attrs=read-write" in said(found, "error", "this is a standby").remedy
+        assert "target_session_attrs=primary" in said(found, "error", "this is a standby").remedy
         assert found.errors == ["server"]
 
 

@@ -21,6 +21,7 @@ from figbridge.errors import LegacyUnavailable, SetupError
 from figbridge.event import Received
 from figbridge.provision import make
 from figbridge.reverse.mapping import Mapping
+from figbridge.reverse.statement import Statement
 from fixtures.clock import until
 from fixtures.postgres import Database, _fresh
 
@@ -123,7 +124,8 @@ def test_init_makes_everything_and_finds_it_the_second_time(each_database: Datab
     config = configured(each_database)
     lines = provision.initialise(config)
     made = state(each_database)
-    assert lines[0] == "schema figbridge: made inbox, canary, dead_letter, slot_guard"
+    made_tables = "inbox, canary, entity_version, parked, dead_letter, slot_guard, table_version, snapshot"
+    assert lines[0] == f"schema figbridge: made {made_tables}"
     assert lines[1].startswith("publication figbridge: made for shop.orders, shop.audit, shop.indexed, shop.days, ")
     assert lines[2] == "publication figbridge_inbox: made for figbridge.inbox, figbridge.canary"
     assert re.fullmatch(rf"slot {each_database.slot}: made, changes leave from [0-9A-F]+/[0-9A-F]+ on", lines[3])
@@ -187,6 +189,24 @@ def test_only_a_forward_path_needs_no_table_of_ours(shop: Database) -> None:
     assert [row[0] for row in made["publications"]] == ["figbridge"]
 
 
+def test_the_relays_dead_letters_in_a_table_need_it(shop: Database, tmp_path: Path) -> None:
+    tree = {
+        "legacy": {"dsn": shop.dsn, "slot": shop.slot, "tables": ["shop.orders"]},
+        "relay": {
+            "sink": {"type": "stdout"},
+            "contracts": str(tmp_path),
+            "dead-letters": {"type": "table"},
+        },
+    }
+    config = Config.parse(json.dumps(tree), {})
+    where = "relay.dead-letters"
+    assert [it.level for it in preflight.inspect(config, "run", "relay") if it.where == where] == ["error"]
+
+    assert provision.initialise(config) == ["schema figbridge: made dead_letter"]
+
+    assert [it.level for it in preflight.inspect(config, "run", "relay") if it.where == where] == ["ok"]
+
+
 def test_table_dead_letters_need_the_schema(shop: Database) -> None:
     letters = {**FORWARD, "dead-letters": {"type": "table"}}
     provision.initialise(configured(shop, ["shop.orders"], forward=letters, reverse=None))
@@ -196,9 +216,34 @@ def test_table_dead_letters_need_the_schema(shop: Database) -> None:
 
 def test_only_a_reverse_path_needs_no_slot(shop: Database) -> None:
     lines = provision.initialise(configured(shop, forward=None))
-    assert lines == ["schema figbridge: made inbox, canary, dead_letter"]
+    assert lines == ["schema figbridge: made inbox, canary, entity_version, parked, dead_letter"]
     made = state(shop)
     assert (made["publications"], made["slots"]) == ([], [])
+
+
+def test_init_brings_an_older_schema_up_to_date_and_keeps_its_rows(each_database: Database) -> None:
+    config = configured(each_database, ["shop.orders"], forward=None)
+    each_database.execute(DDL)
+    provision.initialise(config)
+    each_database.execute("""
+        DROP TABLE figbridge.parked, figbridge.entity_version;
+        ALTER TABLE figbridge.dead_letter DROP COLUMN statement;
+        DROP INDEX figbridge.inbox_age;
+        CREATE INDEX inbox_applied_at ON figbridge.inbox (applied_at);
+        INSERT INTO figbridge.inbox VALUES ('s', 'k', '', 'e');
+        INSERT INTO figbridge.dead_letter VALUES ('i', 'reverse', 'e', 'r', 'm', 1, '')
+    """)
+    errors = [it for it in preflight.inspect(config, "run") if it.level == "error"]
+    assert {it.remedy for it in errors if it.where.startswith("schema")} == {"run `figbridge init`"}
+    assert provision.initialise(config) == ["schema figbridge: made entity_version, parked"]
+    each_database.execute("ALTER TABLE figbridge.dead_letter DROP COLUMN statement")
+    assert provision.initialise(config) == ["schema figbridge: brought up to date"]
+    assert provision.initialise(config) == ["schema figbridge: there already"]
+    for table in ("inbox", "dead_letter"):
+        assert each_database.execute(f"SELECT event_id FROM figbridge.{table}") == [("e",)]
+    assert [
+        it for it in preflight.inspect(config, "run") if it.where.startswith("schema") and it.level == "error"
+    ] == []
 
 
 def test_init_refuses_everything_that_is_wrong_at_once_and_has_done_nothing(each_database: Database) -> None:
@@ -404,8 +449,9 @@ def test_the_scripts_grants_are_all_that_the_bridge_needs(shop: Database, role: 
     received = Received("e", "shop.next", "x", {"detail": {"id": 1, "status": "paid"}})
     with psycopg.connect(dsn, autocommit=True) as connection:
         for section in config.reverse.mappings:
-            it = Mapping(section).statement(received)
-            psycopg.RawCursor(connection).execute(it.query, [it.document])
+            (it,) = Mapping(section).statements(received)
+            assert isinstance(it, Statement)
+            psycopg.RawCursor(connection).execute(it.query, it.parameters)
         connection.execute("DELETE FROM figbridge.inbox")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute("DELETE FROM shop.orders")

@@ -13,7 +13,7 @@ from figbridge import legacy
 from figbridge.change import Change
 from figbridge.forward import values
 from figbridge.forward.decode import Decoder
-from figbridge.forward.source import _SETTINGS
+from figbridge.forward.source import SETTINGS
 from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
@@ -52,7 +52,7 @@ def fill(database: Database, columns: Sequence[Sequence[Case]]) -> list[bytes]:
     database.create_slot()
     rows = list(zip_longest(*columns))
     statement = f"INSERT INTO matrix VALUES ({', '.join(['%s'] * (len(columns) + 1))})"
-    with database.connect(options=_SETTINGS) as connection, connection.cursor() as cursor:
+    with database.connect(options=SETTINGS) as connection, connection.cursor() as cursor:
         for number, row in enumerate(rows):
             # not prepared: each value is a literal of its column's type
             literals = [None if case is None else case.literal for case in row]
@@ -93,7 +93,7 @@ def said_by_encoders(database: Database) -> list[Any]:
     """What pgoutput sends, by the encoders of the OIDs that its RELATION message names."""
     encoders = values.Encoders("safe", lambda oid: legacy.type_description(database.dsn, oid))
     decoder = Decoder()
-    with database.connect(options=_SETTINGS) as connection:
+    with database.connect(options=SETTINGS) as connection:
         payloads = connection.execute(
             "SELECT data FROM pg_logical_slot_get_binary_changes(%s, NULL, NULL, "
             "'proto_version', '1', 'publication_names', 'pub')", [database.slot],
@@ -264,7 +264,7 @@ def test_any_row_survives_the_stream(each_database: Database) -> None:
     each_database.execute("CREATE PUBLICATION pub FOR TABLE anything")
     each_database.create_slot()
     insert = "INSERT INTO anything (t, a, n, f, j, jb, b) VALUES (%s, %s, %s::text::numeric, %s, %s, %s, %s)"
-    with Forward(each_database) as forward, each_database.connect(options=_SETTINGS) as connection:
+    with Forward(each_database) as forward, each_database.connect(options=SETTINGS) as connection:
         forward.until_streaming()
 
         @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

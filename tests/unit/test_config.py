@@ -186,7 +186,7 @@ def test_the_error_prints_every_problem_and_ends_the_process_with_status_2() -> 
             "forward.dead-letters.paht",
             "path",
         ),
-        (reverse(MAPPING, max_attempts=3), "reverse.max_attempts", "max-attempts"),
+        (reverse(MAPPING, park_timeout=3), "reverse.park_timeout", "park-timeout"),
         (reverse(mapping(idempotency_keys="id")), "reverse.mappings.0.idempotency_keys", "idempotency_key"),
         (
             reverse(mapping(match={"source": "a", "detail-type": "b", "sources": "c"})),
@@ -206,7 +206,53 @@ def test_a_misspelt_key_gets_the_nearest_known_one(content: dict[str, Any], fiel
 def test_the_keys_of_another_kind_of_sink_are_not_suggested() -> None:
     found = problems(tree(forward={"sink": {"type": "eventbridge", "bus": "b", "path": "events.jsonl"}}))
 
-    assert found["forward.sink.path"].remedy == "remove it; known here: bus, endpoint_url, region, type"
+    assert (
+        found["forward.sink.path"].remedy
+        == "remove it; known here: bus, client, endpoint_url, in-flight, region, trace-header, type"
+    )
+
+
+@pytest.mark.parametrize(
+    ("sink", "field", "remedy"),
+    [
+        ({"type": "kinesis", "stream": "a b"}, "stream", "its ARN"),
+        ({"type": "kinesis", "stream": "arn:aws:sqs:eu-west-1:123456789012:orders"}, "stream", "its ARN"),
+        ({"type": "kinesis"}, "stream", "add it"),
+        ({"type": "firehose", "stream": "arn:aws:firehose:x:123456789012:deliverystream/a"}, "stream", "not its ARN"),
+        ({"type": "sqs", "queue_url": "orders"}, "queue_url", "get-queue-url"),
+        ({"type": "sns", "topic": "orders"}, "topic", "arn:aws:sns:"),
+        ({"type": "eventbridge_v2", "bus": "orders"}, "bus", "event-busv2/name/id"),
+        (
+            {"type": "eventbridge_v2", "bus": "arn:aws:events:eu-west-1:123456789012:event-bus/orders"},
+            "bus",
+            "the sink type eventbridge",
+        ),
+        ({"type": "eventbridge", "bus": "b", "in-flight": 0}, "in-flight", "Most requests"),
+    ],
+)
+def test_a_destination_is_named_as_its_service_names_it(sink: dict[str, Any], field: str, remedy: str) -> None:
+    found = problems(tree(forward={"sink": sink}))
+
+    assert found.keys() == {f"forward.sink.{field}"}
+    assert remedy in str(found[f"forward.sink.{field}"])
+
+
+@pytest.mark.parametrize(
+    "sink",
+    [
+        {"type": "kinesis", "stream": "orders"},
+        {"type": "kinesis", "stream": "arn:aws-us-gov:kinesis:us-gov-west-1:123456789012:stream/orders"},
+        {"type": "firehose", "stream": "orders"},
+        {"type": "sqs", "queue_url": "https://sqs.eu-west-1.amazonaws.com/123456789012/orders.fifo"},
+        {"type": "sns", "topic": "arn:aws:sns:eu-west-1:123456789012:orders.fifo"},
+        {"type": "eventbridge_v2", "bus": f"arn:aws:events:eu-west-1:123456789012:event-busv2/orders/{'a1' * 12}b"},
+    ],
+)
+def test_every_kind_of_sink_is_a_configuration(sink: dict[str, Any]) -> None:
+    config = Config.model_validate(tree(forward={"sink": sink}))
+
+    assert config.forward
+    assert config.forward.sink.type == sink["type"]
 
 
 def test_the_pythonic_spelling_is_no_second_spelling_of_the_file() -> None:
@@ -215,6 +261,8 @@ def test_the_pythonic_spelling_is_no_second_spelling_of_the_file() -> None:
 
 # --- the kind of sink and source
 
+SINKS = "eventbridge, eventbridge_v2, kinesis, firehose, sqs, sns, file, stdout, local"
+
 
 @pytest.mark.parametrize(
     ("content", "field", "remedy"),
@@ -222,22 +270,22 @@ def test_the_pythonic_spelling_is_no_second_spelling_of_the_file() -> None:
         (
             tree(forward={"sink": {"type": "eventbrige"}}),
             "forward.sink.type",
-            "did you mean 'eventbridge'? there are: eventbridge, file, stdout, local",
+            f"did you mean 'eventbridge'? there are: {SINKS}",
         ),
         (
             tree(forward={"sink": {"path": "x"}}),
             "forward.sink.type",
-            "say which, it decides the section's other keys; there are: eventbridge, file, stdout, local",
+            f"say which, it decides the section's other keys; there are: {SINKS}",
         ),
         (
             tree(reverse={"source": {"type": "kafka"}, "mappings": [MAPPING]}),
             "reverse.source.type",
-            "there are: local, sqs",
+            "there are: local, sqs, kinesis",
         ),
         (
             tree(forward={"sink": {"type": "stdout"}, "dead-letters": {"type": "tabel"}}),
             "forward.dead-letters.type",
-            "did you mean 'table'? there are: file, table",
+            "did you mean 'table'? there are: file, table, s3, sqs",
         ),
     ],
 )
@@ -464,7 +512,9 @@ def test_without_a_direction_there_is_nothing_to_run() -> None:
     (problem,) = problems({"legacy": LEGACY}).values()
 
     assert problem == Problem(
-        "configuration", "neither forward nor reverse is there, so there is nothing to run", "add one or both"
+        "configuration",
+        "neither forward nor reverse nor relay is there, so there is nothing to run",
+        "add at least one",
     )
 
 
@@ -656,7 +706,7 @@ def test_a_reverse_path_without_mappings_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("max-attempts", 0),
+        ("park-timeout", 0),
         ("statement-timeout", 0),
         ("statement-timeout", float("inf")),
         ("lock-timeout", float("nan")),
@@ -691,6 +741,65 @@ def test_sections_cannot_be_changed_after_they_were_checked() -> None:
 
     with pytest.raises(ValueError, match="frozen"):
         section.into = "shop.widgets"  # type: ignore[misc]  # that it is refused is the test
+
+
+# --- conflicts
+
+UPDATE: dict[str, Any] = MAPPING | {"action": "update", "key": {"id": "detail.id"}, "set": {"a": "a", "b": "b"}}
+RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "delta without before": ({"conflicts": {"policy": "delta"}}, "name its value under conflicts.before"),
+    "merge without before": ({"conflicts": {"policy": "merge_columns"}}, "by who changed them"),
+    "no version": ({"conflicts": {"policy": "version_wins"}}, "no version to compare"),
+    "a strange column": (
+        {"conflicts": {"policy": "reject", "groups": [{"columns": "c", "policy": "new_wins"}]}}, "groups c",
+    ),
+    "two groups": (
+        {"conflicts": {"policy": "reject", "groups": [{"columns": "a"}, {"columns": ["a", "b"]}]}}, "in two groups",
+    ),
+    "before of an insert": (
+        {"action": "insert", "key": {}, "conflicts": {"policy": "reject", "before": {"a": "a"}}}, "an insert has not",
+    ),
+    "merged deletion": (
+        {"action": "delete", "set": {}, "conflicts": {"policy": "merge_columns", "before": {"a": "a"}}},
+        "a delete has none",
+    ),
+    "of SQL": (
+        {"into": None, "action": None, "key": {}, "set": {}, "sql": "SELECT 1", "owner": "legacy"},
+        "takes no owner or conflicts",
+    ),
+    "beside statements": (
+        {"into": None, "action": None, "key": {}, "set": {}, "owner": "legacy", "statements": [
+            {"into": "a.b", "action": "delete", "key": {"id": "id"}}]},
+        "has owner beside statements",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_contradict_their_statement(case: str) -> None:
+    change, said = RULES[case]
+    found = problems(reverse(UPDATE | change))
+    assert any(said in f"{it.what}; {it.remedy}" for it in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"columns": ["a", "b"], "sql": "1"},
+        {"columns": "a", "sql": "1", "policy": "delta"},
+        {"columns": "a", "owner": "legacy", "policy": "new_wins"},
+        {"columns": []},
+    ],
+)
+def test_groups_that_contradict_themselves(group: dict[str, Any]) -> None:
+    assert problems(reverse(UPDATE | {"conflicts": {"policy": "reject", "groups": [group]}}))
+
+
+def test_what_belongs_to_the_legacy_system_has_rules() -> None:
+    section = MappingSection.model_validate(UPDATE | {"owner": "legacy"})
+    assert section.rules is not None
+    assert section.rules.policy == "legacy_wins"
+    assert MappingSection.model_validate(UPDATE).rules is None
 
 
 # --- anything at all

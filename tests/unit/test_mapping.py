@@ -3,8 +3,9 @@
 import contextlib
 import json
 from decimal import Decimal
-from typing import Any
+from typing import Any, Final
 
+import jmespath
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 from figbridge.config import MappingSection
 from figbridge.errors import ConfigError
 from figbridge.event import Received
-from figbridge.reverse.mapping import Malformed, Mapping, Mappings, parse, payload_hash
+from figbridge.reverse.mapping import Mapping, Mappings
+from figbridge.reverse.message import Malformed, parse, payload_hash
+from figbridge.reverse.statement import Free, Statement
+from figbridge.reverse.values import ABSENT, Path
 
 ENVELOPE: dict[str, Any] = {
     "version": "0",
@@ -46,6 +50,12 @@ def section(**options: Any) -> MappingSection:
     return MappingSection.model_validate({**given_options, **options})
 
 
+def statement(mapping: Mapping, received: Received) -> Statement:
+    (found,) = mapping.statements(received)
+    assert isinstance(found, Statement)
+    return found
+
+
 # --- parse
 
 
@@ -60,9 +70,25 @@ def test_an_envelope_that_came_by_sns_is_the_same_event() -> None:
     assert parse(wrapped.encode()) == parse(body())
 
 
+CLOUD: Final = {"specversion": "1.0", "id": "e-1", "source": "shop.next", "type": "order.status-changed"}
+
+
+def test_a_cloud_event_is_the_same_event() -> None:
+    sent = CLOUD | {"data": {"order_id": 42, "status": "paid"}, "subject": "42"}
+    received = parse(json.dumps(sent).encode())
+    assert received[:3] == parse(body())[:3]
+    assert received.document["detail"] == received.document["data"] == parse(body()).document["detail"]
+    assert payload_hash(received) == payload_hash(parse(body()))
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [
+        (json.dumps(CLOUD).encode(), "data"),
+        (json.dumps(CLOUD | {"data": "text"}).encode(), "data"),
+        (json.dumps(CLOUD | {"data_base64": "e30="}).encode(), "data"),
+        (json.dumps(CLOUD | {"type": None, "data": {}}).encode(), "type"),
+        (json.dumps(CLOUD | {"specversion": "0.3", "data": {}}).encode(), "specversion"),
         (b"", "the message"),
         (b"not json", "the message"),
         (b"[1]", "the message"),
@@ -84,6 +110,7 @@ def test_an_envelope_that_came_by_sns_is_the_same_event() -> None:
         (body(source=None), "source"),
         (body(detail_type=["x"]), "detail-type"),
         (b'{"Type": "Notification", "Message": "hello"}', "Message of the SNS notification"),
+        (body(detail_type="figbridge.pack", detail={"op": "pack", "events": []}), "detail"),
     ],
 )
 def test_anything_else_is_malformed_and_the_field_is_named(message: bytes, field: str) -> None:
@@ -103,7 +130,7 @@ def test_no_message_raises_anything_but_malformed(message: bytes | str) -> None:
 
 def test_the_message_of_an_error_does_not_quote_the_event() -> None:
     with pytest.raises(Malformed) as caught:
-        Mapping(section(key={"id": "detail.nothing"})).statement(event('{"iban": "DE02100100109307118603"}'))
+        statement(Mapping(section(key={"id": "detail.nothing"})), event('{"iban": "DE02100100109307118603"}'))
     assert "DE02" not in str(caught.value)
 
 
@@ -115,7 +142,7 @@ JSON_NUMBER = st.from_regex(r"\A-?(0|[1-9][0-9]{0,60})(\.[0-9]{1,60})?\Z")
 
 @given(JSON_NUMBER)
 def test_every_digit_of_a_number_reaches_the_document(digits: str) -> None:
-    document = Mapping(section()).statement(event(f'{{"order_id": {digits}, "status": "x"}}')).document
+    document = statement(Mapping(section()), event(f'{{"order_id": {digits}, "status": "x"}}')).document
     assert document == f'{{"id":{_same_digits(digits)},"status":"x"}}'
 
 
@@ -128,7 +155,7 @@ def _same_digits(digits: str) -> str:
     "digits", ["9" * 5000, "1E+400000", "-0.0", "1.50", "123456789012345678901234567890.0123456789"]
 )
 def test_numbers_of_odd_length_survive(digits: str) -> None:
-    document = Mapping(section()).statement(event(f'{{"order_id": {digits}, "status": "x"}}')).document
+    document = statement(Mapping(section()), event(f'{{"order_id": {digits}, "status": "x"}}')).document
     assert document == f'{{"id":{digits},"status":"x"}}'
 
 
@@ -175,82 +202,186 @@ def test_nesting_is_hashed_as_far_as_the_stack_goes_and_then_refused() -> None:
 # --- statements
 
 
+def rows(table: str) -> str:
+    return (
+        "FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number), "
+        f"json_populate_record(NULL::{table}, d.document) AS r"
+    )
+
+
+ORDERS = '"shop"."orders"'
+ALL_ROWS = f"FROM json_populate_recordset(NULL::{ORDERS}, $1::json) AS r"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (
             {},
-            (
-                'UPDATE "shop"."orders" AS t SET "status" = r."status" '
-                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r WHERE t."id" = r."id"'
-            ),
+            f'UPDATE {ORDERS} AS t SET "status" = r."status" {rows(ORDERS)} WHERE t."id" = r."id" RETURNING d.number',
+        ),
+        (
+            {"set": {"status": "detail.nothing"}},
+            "SELECT d.number " + rows(ORDERS) + f' JOIN {ORDERS} AS t ON t."id" = r."id"',
         ),
         (
             {"action": "insert", "key": {}, "set": {"id": "detail.order_id", "status": "detail.status"}},
-            (
-                'INSERT INTO "shop"."orders" AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" '
-                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r'
-            ),
+            f'INSERT INTO {ORDERS} AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" ' + ALL_ROWS,
         ),
         (
             {"action": "upsert"},
-            (
-                'INSERT INTO "shop"."orders" AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" '
-                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r '
-                'ON CONFLICT ("id") DO UPDATE SET "status" = EXCLUDED."status"'
-            ),
+            f'INSERT INTO {ORDERS} AS t ("id", "status") OVERRIDING SYSTEM VALUE SELECT r."id", r."status" '
+            + ALL_ROWS
+            + ' ON CONFLICT ("id") DO UPDATE SET "status" = EXCLUDED."status"',
         ),
         (
             {"action": "upsert", "set": {}},
-            (
-                'INSERT INTO "shop"."orders" AS t ("id") OVERRIDING SYSTEM VALUE SELECT r."id" '
-                'FROM json_populate_record(NULL::"shop"."orders", $1::json) AS r ON CONFLICT ("id") DO NOTHING'
-            ),
+            f'INSERT INTO {ORDERS} AS t ("id") OVERRIDING SYSTEM VALUE SELECT r."id" '
+            + ALL_ROWS
+            + ' ON CONFLICT ("id") DO NOTHING',
         ),
         (
             {"action": "delete", "set": {}, "into": '"My ""Odd"" Schema"."100%"', "key": {"a b": "detail.order_id"}},
-            (
-                'DELETE FROM "My ""Odd"" Schema"."100%" AS t '
-                'USING json_populate_record(NULL::"My ""Odd"" Schema"."100%", $1::json) AS r WHERE t."a b" = r."a b"'
-            ),
+            'DELETE FROM "My ""Odd"" Schema"."100%" AS t USING '
+            + rows('"My ""Odd"" Schema"."100%"').removeprefix("FROM ")
+            + ' WHERE t."a b" = r."a b" RETURNING d.number',
+        ),
+        (
+            {"action": "delete", "set": {}, "soft": {"status": "'gone'"}},
+            f'UPDATE {ORDERS} AS t SET "status" = r."status" {rows(ORDERS)} WHERE t."id" = r."id" RETURNING d.number',
         ),
     ],
-    ids=["update", "insert", "upsert", "upsert-without-set", "delete"],
+    ids=["update", "update-of-nothing", "insert", "upsert", "upsert-without-set", "delete", "soft-delete"],
 )
 def test_the_sql_of_each_action(options: dict[str, Any], expected: str) -> None:
-    assert Mapping(section(**options)).statement(event()).query.decode() == expected
+    assert statement(Mapping(section(**options)), event()).query.decode() == expected
 
 
 def test_the_document_holds_the_mapped_columns_only() -> None:
-    document = Mapping(section()).statement(event('{"order_id": 42, "status": "paid", "secret": 1}')).document
+    document = statement(Mapping(section()), event('{"order_id": 42, "status": "paid", "secret": 1}')).document
     assert document == '{"id":42,"status":"paid"}'
 
 
-def test_a_set_path_that_yields_nothing_writes_null() -> None:
-    mapping = Mapping(section())
-    assert mapping.statement(event('{"order_id": 42}')).document == '{"id":42,"status":null}'
-    assert mapping.statement(event('{"order_id": 42, "status": null}')).document == '{"id":42,"status":null}'
+@pytest.mark.parametrize("path", ["detail.status", "detail.history[-1].status", "detail.history[0].status"])
+def test_absent_is_not_null(path: str) -> None:
+    mapping = Mapping(section(set={"status": path, "note": "detail.note"}))
+    for detail, written in [
+        ('{"order_id": 42, "note": 1}', '{"id":42,"note":1}'),
+        ('{"order_id": 42, "history": [], "note": 1}', '{"id":42,"note":1}'),
+        ('{"order_id": 42, "history": [7], "note": 1}', '{"id":42,"note":1}'),
+        (
+            '{"order_id": 42, "status": null, "history": [{"status": null}], "note": null}',
+            '{"id":42,"status":null,"note":null}',
+        ),
+    ]:
+        assert statement(mapping, event(detail)).document == written
+
+
+def test_what_an_expression_yields_counts_as_there() -> None:
+    mapping = Mapping(section(set={"status": "detail.a || detail.b"}))
+    assert statement(mapping, event('{"order_id": 42}')).document == '{"id":42,"status":null}'
+
+
+def test_defaults_and_constants() -> None:
+    values = {"status": {"path": "detail.status", "default": "new"}, "origin": {"value": {"by": ["web", 1.5]}}}
+    mapping = Mapping(section(set=values))
+    for detail, status in [("", '"new"'), (', "status": null', "null"), (', "status": "paid"', '"paid"')]:
+        expected = f'{{"id":42,"status":{status},"origin":{{"by":["web",1.5]}}}}'
+        assert statement(mapping, event(f'{{"order_id": 42{detail}}}')).document == expected
+
+
+@pytest.mark.parametrize("name", ["detail.order_id", "detail.total", "detail.tags[-1]", "source", "nothing", "a.b[3]"])
+def test_a_walked_path_yields_what_jmespath_does(name: str) -> None:
+    document = event('{"order_id": 42, "total": 1.50, "tags": ["a", "b"]}').document
+    found = Path(name, "here").get(document)
+    assert (None if found is ABSENT else found) == jmespath.search(name, document)
+
+
+def test_a_number_that_json_has_not_is_poison() -> None:
+    with pytest.raises(Malformed, match="finite"):
+        statement(Mapping(section(set={"status": "to_number('1e999')"})), event())
+
+
+# --- several statements, SQL, callables
+
+
+def test_several_statements_keep_their_order_and_sql_gets_text() -> None:
+    parts = [
+        {"into": "shop.orders", "action": "upsert", "key": {"id": "detail.order_id"}},
+        {
+            "sql": "UPDATE shop.stock SET n = n - %(n)s WHERE sku = ANY (%(skus)s) AND %(gone)s IS NULL",
+            "with": {"n": "detail.n", "skus": "detail.skus", "gone": "detail.gone"},
+        },
+    ]
+    mapping = Mapping(
+        MappingSection.model_validate({"match": {"source": "s", "detail-type": "t"}, "statements": parts})
+    )
+    first, second = mapping.statements(event('{"order_id": 42, "n": 1.50, "skus": ["a"]}'))
+    assert isinstance(first, Statement)
+    assert isinstance(second, Free)
+    assert first.document == '{"id":42}'
+    assert second.parameters == {"n": "1.50", "skus": '["a"]', "gone": None}
+
+
+def test_a_callable_that_nobody_installed_is_said_at_the_start() -> None:
+    only = {"match": {"source": "s", "detail-type": "t"}, "call": "nobody"}
+    with pytest.raises(ConfigError, match="nobody"):
+        Mapping(MappingSection.model_validate(only))
+
+
+# --- versions
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [
+        ("7", "7"),
+        ('"12345678901234567890123"', "12345678901234567890123"),
+        ('{"commit_lsn": "0/10", "ordinal": 2, "xid": 753}', str((16 << 32) + 2)),
+        ('{"commit_lsn": "1/0", "ordinal": 0}', str(1 << 64)),
+    ],
+)
+def test_a_version_is_a_number_or_a_position(version: str, number: str) -> None:
+    mapping = Mapping(section(version="detail.version"))
+    assert mapping.prepare(event(f'{{"order_id": 1, "version": {version}}}')).version == number
+
+
+@pytest.mark.parametrize("version", ["null", "true", "1.5", '"x"', '""', "[]", '{"commit_lsn": "x", "ordinal": 1}'])
+def test_anything_else_is_no_version_and_poison(version: str) -> None:
+    with pytest.raises(Malformed, match=r"detail\.version \(version\)"):
+        Mapping(section(version="detail.version")).prepare(event(f'{{"order_id": 1, "version": {version}}}'))
+
+
+def test_all_mappings_of_a_table_name_its_rows_alike_or_their_versions_would_not_meet() -> None:
+    kinds = [{"source": "s", "detail-type": name} for name in "abc"]
+    with pytest.raises(ConfigError) as caught:
+        Mappings([
+            section(match=kinds[0], version="detail.v"),
+            section(match=kinds[1], version="detail.v", key={"number": "detail.number"}),
+            section(match=kinds[2], version="detail.v", action="insert", key={}, set={"id": "detail.order_id"}),
+        ])  # fmt: skip
+    assert [it.where for it in caught.value.problems] == ["reverse.mappings.1.key", "reverse.mappings.2"]
 
 
 @pytest.mark.parametrize("detail", ["{}", '{"order_id": null}'])
 def test_a_key_path_that_yields_nothing_is_poison_and_is_named(detail: str) -> None:
     with pytest.raises(Malformed, match=r"detail\.order_id \(key id\) yields null or nothing"):
-        Mapping(section()).statement(event(detail))
+        statement(Mapping(section()), event(detail))
 
 
 def test_a_function_that_cannot_work_with_a_value_is_poison_and_its_path_is_named() -> None:
     with pytest.raises(Malformed, match=r"abs\(detail\.total\) \(set status\)"):
-        Mapping(section(set={"status": "abs(detail.total)"})).statement(event('{"order_id": 1, "total": "x"}'))
+        statement(Mapping(section(set={"status": "abs(detail.total)"})), event('{"order_id": 1, "total": "x"}'))
 
 
 def test_text_is_sent_in_ascii_so_that_no_client_encoding_can_spoil_it() -> None:
-    document = Mapping(section()).statement(event('{"order_id": 1, "status": "größe 😀"}')).document
+    document = statement(Mapping(section()), event('{"order_id": 1, "status": "größe 😀"}')).document
     assert document.isascii()
     assert json.loads(document)["status"] == "größe 😀"
 
 
 def test_an_object_keeps_its_order_on_the_way_to_a_json_column() -> None:
-    document = Mapping(section()).statement(event('{"order_id": 1, "status": {"z": 1, "a": 2}}')).document
+    document = statement(Mapping(section()), event('{"order_id": 1, "status": {"z": 1, "a": 2}}')).document
     assert document == '{"id":1,"status":{"z":1,"a":2}}'
 
 
@@ -264,10 +395,10 @@ def test_a_mapping_is_found_by_source_and_detail_type() -> None:
     ])  # fmt: skip
     found = mappings.find(event())
     assert found is not None
-    assert found.table == ("shop", "second")
+    assert found.tables == (("shop", "second"),)
     other = mappings.find(parse(body(source="b", detail_type="y")))
     assert other is not None
-    assert other.table == ("shop", "first")
+    assert other.tables == (("shop", "first"),)
     assert mappings.find(parse(body(source="b", detail_type="z"))) is None
 
 
@@ -290,22 +421,21 @@ def test_the_bridges_own_source_cannot_be_mapped() -> None:
         Mappings([section(match={"source": "figbridge.canary", "detail-type": "x"})])
 
 
-# --- which rows may be the same
+# --- what an event is about
 
 
-def test_targets_differ_only_when_something_both_say_differs() -> None:
+def test_events_are_of_one_entity_when_they_name_one_row() -> None:
     update = Mapping(section())
     insert = Mapping(section(action="insert", key={}, set={"id": "detail.order_id", "status": "detail.status"}))
-    by_number = Mapping(section(key={"number": "detail.number"}))
     elsewhere = Mapping(section(into="shop.customers"))
-    one, two = event('{"order_id": 1, "status": "x", "number": 5}'), event('{"order_id": 2, "status": "x"}')
-    as_text = event('{"order_id": "1", "status": "y"}')
+    two = Mapping(section(key={"b": "detail.b", "a": "detail.a"}))
+    named = Mapping(section(entity="detail.number"))
+    one, as_text = event('{"order_id": 1, "status": "x", "number": 5}'), event('{"order_id": "1", "status": "y"}')
 
-    assert update.target(one).may_be(update.target(one))
-    assert update.target(one).may_be(update.target(as_text))
-    assert insert.target(one).may_be(update.target(as_text)), "an insert is known by the column it has in common"
-    assert update.target(as_text).may_be(insert.target(one))
-    assert by_number.target(one).may_be(update.target(two)), "keys of different columns: in doubt, yes"
-    assert not update.target(one).may_be(update.target(two))
-    assert not insert.target(one).may_be(insert.target(two))
-    assert not update.target(one).may_be(elsewhere.target(one))
+    assert update.prepare(one).entity == update.prepare(as_text).entity == ("shop.orders", "1")
+    assert insert.prepare(one).entity == ("shop.orders", "event e-1"), "its primary key is not known yet"
+    insert.primary_key = ("id",)
+    assert insert.prepare(one).entity == update.prepare(one).entity
+    assert elsewhere.prepare(one).entity == ("shop.customers", "1")
+    assert named.prepare(one).entity == ("shop.orders", "5")
+    assert two.prepare(event('{"a": 1, "b": "x"}')).entity == ("shop.orders", '["1","x"]')

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from figbridge.config import Config, OutboxSection
 from figbridge.errors import ConfigError
-from figbridge.forward.members import Member, NotJson, Number, check, of_object
+from figbridge.members import Member, NotJson, Number, check, of_object
 
 COLUMNS = {"id": "uuid", "aggregate_type": "text", "aggregate_id": "bigint", "type": "text", "payload": "jsonb"}
 

@@ -1,9 +1,12 @@
 """Order per key and completeness, whatever a sink refuses. The sink here is a third party's: it scripts its answers."""
 
+import queue
 import random
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import UTC, datetime
 
 import pytest
@@ -37,17 +40,23 @@ class MoodySink:
         self.requests: list[list[Event]] = []
         self._random = random.Random(seed)
         self.hopeless: set[str] = set()
+        self.checks = 0
+        self._lock = threading.Lock()
 
     def size(self, event: Event) -> int:
         return len(event.detail)
 
     def check(self) -> None:
-        pass
+        self.checks += 1
 
     def close(self) -> None:
         pass
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
+        with self._lock:
+            return self._publish(events)
+
+    def _publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
         self.requests.append(list(events))
         if self._random.random() < 0.2:
             raise SinkUnavailable("away")
@@ -78,18 +87,23 @@ def events(keys: Sequence[int], size: int = 10) -> list[Event]:
     return [Event(f"{n}", "s", "t", f"key-{key}", now, b"x" * size) for n, key in enumerate(keys)]
 
 
-@given(st.lists(st.integers(0, 5), max_size=60), st.integers(), st.sets(st.integers(0, 59)), st.booleans())
+@given(
+    st.lists(st.integers(0, 5), max_size=60),
+    st.integers(),
+    st.sets(st.integers(0, 59)),
+    st.booleans(),
+    st.sampled_from([1, 4]),
+)
 def test_every_event_is_taken_once_in_order_per_key_or_dead_lettered(
-    keys: list[int],
-    seed: int,
-    hopeless: set[int],
-    partial: bool,
+    keys: list[int], seed: int, hopeless: set[int], partial: bool, in_flight: int
 ) -> None:
-    limits = Limits(entries=4, entry_bytes=100, batch_bytes=35, partial=partial)
+    limits = Limits(entries=4, entry_bytes=100, batch_bytes=35, partial=partial, in_flight=in_flight)
     sink, letters = MoodySink(seed, limits), Letters()
     sink.hopeless = {str(number) for number in hopeless}
     made = events(keys)
-    Publisher(sink, letters, Metrics(), threading.Event()).publish(made)
+    publisher = Publisher(sink, letters, Metrics(), threading.Event())
+    publisher.publish(made)
+    publisher.close()
 
     taken = [event.id for event in sink.taken]
     assert len(set(taken)) == len(taken), "an entry that was taken was sent again"
@@ -132,3 +146,92 @@ def test_halting_ends_the_retries_and_claims_nothing() -> None:
     sink = Away(1, Limits(entries=4, entry_bytes=50, batch_bytes=50, partial=True))
     with pytest.raises(Stopped):
         Publisher(sink, None, Metrics(), halt).publish(events([1, 2]))
+
+
+def test_the_sink_is_looked_up_once_before_the_first_event() -> None:
+    sink = MoodySink(1, Limits(entries=4, entry_bytes=50, batch_bytes=50, partial=False))
+    publisher = Publisher(sink, None, Metrics(), threading.Event())
+    assert sink.checks == 0
+    for n in range(3):
+        publisher.publish(events([n]))
+    assert sink.checks == 1
+
+
+class Gate(MoodySink):
+    """Answers a request when it is told what to answer."""
+
+    def __init__(self, in_flight: int) -> None:
+        super().__init__(1, Limits(entries=1, entry_bytes=50, batch_bytes=50, partial=True, in_flight=in_flight))
+        self.came: queue.SimpleQueue[tuple[Event, queue.SimpleQueue[BaseException | None]]] = queue.SimpleQueue()
+
+    def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
+        answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self.came.put((events[0], answer))
+        if error := answer.get(timeout=10):
+            raise error
+        return ()
+
+
+def in_thread(publisher: Publisher, made: Sequence[Event]) -> "Future[None]":
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            publisher.publish(made)
+        except BaseException as error:  # noqa: BLE001 (the test reads it)
+            ended.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    threading.Thread(target=run, daemon=True).start()
+    return ended
+
+
+def test_what_is_refused_for_ever_ends_the_call_when_all_that_is_out_has_been_answered() -> None:
+    sink = Gate(3)
+    publisher = Publisher(sink, None, Metrics(), threading.Event())
+    ended = in_thread(publisher, events([1, 2, 3, 4]))
+    answers = [sink.came.get(timeout=10)[1] for _ in range(3)]
+    answers[0].put(SinkRefused("no right", hint="allow it"))
+    with pytest.raises(FutureTimeout):
+        ended.exception(timeout=0.3)
+    assert sink.came.empty(), "nothing more is sent"
+    for answer in answers[1:]:
+        answer.put(None)
+    assert isinstance(ended.exception(timeout=10), SinkRefused)
+    publisher.close()
+
+
+def test_a_halt_does_not_wait_for_a_service_that_does_not_answer() -> None:
+    sink, halt = Gate(3), threading.Event()
+    publisher = Publisher(sink, None, Metrics(), halt)
+    ended = in_thread(publisher, events([1, 2, 3, 4]))
+    answers = [sink.came.get(timeout=10)[1] for _ in range(3)]
+    halt.set()
+    assert isinstance(ended.exception(timeout=10), Stopped)
+    for answer in answers:
+        answer.put(None)
+    publisher.close()
+
+
+def test_a_sink_that_is_away_is_asked_by_one_request_at_a_time_until_it_is_back() -> None:
+    sink, metrics = Gate(8), Metrics()
+    publisher = Publisher(sink, None, metrics, threading.Event())
+    ended = in_thread(publisher, events(range(20)))
+    size = 8
+    while size > 1:
+        answers = [sink.came.get(timeout=10)[1] for _ in range(size)]
+        for answer in answers:
+            answer.put(SinkUnavailable("away"))
+        size //= 2
+    for _ in range(3):
+        _, answer = sink.came.get(timeout=10)
+        assert sink.came.empty()
+        answer.put(SinkUnavailable("away"))
+    seen = 0
+    while seen < 20:
+        sink.came.get(timeout=10)[1].put(None)
+        seen += 1
+    assert ended.exception(timeout=10) is None
+    assert (metrics.registry.get_sample_value("figbridge_forward_requests_window", {"sink": "moody"}) or 0) > 1
+    publisher.close()

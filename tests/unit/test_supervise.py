@@ -1,3 +1,5 @@
+import gc
+import sys
 import threading
 import time
 
@@ -5,7 +7,7 @@ import pytest
 
 from figbridge.errors import SlotLost
 from figbridge.retry import Stopped
-from figbridge.supervise import Supervisor
+from figbridge.supervise import Supervisor, tune
 
 
 class Obedient:
@@ -78,3 +80,18 @@ def test_a_loop_that_hangs_is_halted_and_left_behind(monkeypatch: pytest.MonkeyP
     assert time.monotonic() - began < 5
     assert supervisor.halt.is_set()
     hanging.release.set()
+
+
+def test_the_collector_looks_rarely_and_not_at_what_was_there_before() -> None:
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    interval = sys.getswitchinterval()
+    try:
+        tune(answers=True)
+        assert gc.get_freeze_count() > frozen
+        assert gc.get_threshold()[0] > before[0]
+        assert sys.getswitchinterval() < interval
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)

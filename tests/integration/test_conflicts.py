@@ -1,0 +1,468 @@
+"""Conflicts: what the owner of a row did meanwhile, found under a lock, decided by the rules, and kept."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from figbridge.reverse.apply import Applier
+from figbridge.reverse.guard import LoopGuard
+from figbridge.reverse.mapping import Mapping, Work
+from fixtures.clock import until
+from fixtures.postgres import Database
+from fixtures.reverse import count, event, make_shop, mapping, work
+
+BEFORE = {"status": "detail.before.status", "note": "detail.before.note", "quantity": "detail.before.n"}
+APPLIED = ("applied", "")
+
+
+@pytest.fixture
+def shop(database: Database) -> Database:
+    make_shop(database)
+    database.execute("ALTER TABLE shop.orders ADD version int")
+    return database
+
+
+@pytest.fixture
+def applier(shop: Database) -> Iterator[Applier]:
+    with closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=0.2)) as found:
+        yield found
+
+
+def ruled(policy: str = "new_wins", action: str = "update", *, named: Any = None, **conflicts: Any) -> Mapping:
+    options = named or {}
+    if action == "update" and "before" not in conflicts and "version" not in conflicts:
+        conflicts["before"] = BEFORE
+    return mapping(action, conflicts={"policy": policy, **conflicts}, **options)
+
+
+def outcomes(applier: Applier, works: list[Work]) -> list[tuple[str, str]]:
+    found = applier.apply_all(works)
+    return [(found[it].outcome.value, found[it].reason) for it in works]
+
+
+def rows(shop: Database) -> list[Any]:
+    return shop.execute("SELECT id, status, note, quantity FROM shop.orders ORDER BY id")
+
+
+def kept(shop: Database) -> list[Any]:
+    return shop.execute("SELECT kind, decision, state FROM figbridge.conflict ORDER BY id")
+
+
+def made(shop: Database, *identities: int) -> None:
+    for identity in identities or (1,):
+        shop.execute("INSERT INTO shop.orders (id, status, note, quantity) VALUES (%s, 'new', 'n', 5)", [identity])
+
+
+SEEN = {"status": "new", "note": "n", "n": 5}
+
+
+def test_what_is_as_it_was_seen_is_no_conflict(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2)
+    update = ruled("reject")
+    shop.execute("UPDATE shop.orders SET status = 'paid' WHERE id = 2")
+    works = [
+        work(update, "1", id=1, status="paid", before=SEEN),
+        work(update, "2", id=2, status="paid", before=SEEN),  # the owner did the same
+    ]
+    assert outcomes(applier, works) == [APPLIED, APPLIED]
+    assert [status for _, status, *_ in rows(shop)] == ["paid", "paid"]
+    assert kept(shop) == []
+
+
+@pytest.mark.parametrize(
+    ("policy", "outcome", "status", "decision"),
+    [
+        ("new_wins", APPLIED, "paid", "new"),
+        ("legacy_wins", ("ignored", "update_conflict"), "cancelled", "legacy"),
+        ("reject", ("ignored", "update_conflict"), "cancelled", "rejected"),
+    ],
+)
+@pytest.mark.parametrize("action", ["update", "upsert"])
+def test_the_owner_changed_the_row(
+    shop: Database, applier: Applier, *, policy: str, outcome: Any, status: str, decision: str, action: str
+) -> None:
+    made(shop)
+    shop.execute("UPDATE shop.orders SET status = 'cancelled'")
+    update = ruled(policy, action, before=BEFORE)
+    assert outcomes(applier, [work(update, "1", id=1, status="paid", before=SEEN)]) == [outcome]
+    assert rows(shop) == [(1, status, "n", 5)]
+    assert kept(shop) == [("update_conflict", decision, "open" if policy == "reject" else "decided")]
+    ((before, expected, proposed, after, columns, sent),) = shop.execute(
+        "SELECT before, expected, proposed, after, columns, event FROM figbridge.conflict"
+    )
+    assert before == {"id": 1, "customer_id": None, "status": "cancelled", "note": "n", "quantity": 5}
+    assert expected == {"status": "new", "note": "n", "quantity": 5}
+    assert proposed == {"id": 1, "status": "paid"}
+    assert after == (proposed if decision == "new" else None)
+    assert columns == {"status": decision}
+    assert sent["detail"]["before"] == SEEN
+    again = work(update, "1", id=1, status="paid", before=SEEN)
+    assert outcomes(applier, [again]) == [("duplicate", "")], "a repetition is decided once"
+    assert len(kept(shop)) == 1
+
+
+def test_merging_takes_each_column_from_who_changed_it(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2, 3)
+    merge = ruled("merge_columns")
+    shop.execute("UPDATE shop.orders SET note = 'legacy', quantity = 6")
+    works = [
+        work(merge, "1", id=1, status="paid", note="n", n=5, before=SEEN),
+        work(merge, "2", id=2, status="paid", note="ours", n=5, before=SEEN),  # both changed the note
+        work(merge, "3", id=3, status="paid", note="legacy", n=6, before=SEEN),  # both alike
+    ]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict"), APPLIED]
+    assert rows(shop) == [(1, "paid", "legacy", 6), (2, "new", "legacy", 6), (3, "paid", "legacy", 6)]
+    assert kept(shop) == [("update_conflict", "merged", "decided"), ("update_conflict", "rejected", "open")]
+    tie = ruled("merge_columns", tie="new_wins")
+    assert outcomes(applier, [work(tie, "4", id=2, status="paid", note="ours", n=5, before=SEEN)]) == [APPLIED]
+    assert rows(shop)[1] == (2, "paid", "ours", 6)
+
+
+def test_a_delta_adds_what_the_new_system_added(shop: Database, applier: Applier) -> None:
+    made(shop)
+    groups = [{"columns": ["quantity"], "policy": "delta"}]
+    sell = ruled("legacy_wins", groups=groups)
+    assert outcomes(applier, [work(sell, "1", id=1, n=3, before=SEEN)]) == [APPLIED]
+    shop.execute("UPDATE shop.orders SET quantity = quantity + 10, note = 'counted'")
+    works = [work(sell, "2", id=1, n=2, note="ours", before={"n": 3, "note": "n"})]
+    assert outcomes(applier, works) == [APPLIED]
+    assert rows(shop) == [(1, "new", "counted", 12)]
+    shop.execute("UPDATE shop.orders SET quantity = 15")
+    works = [work(sell, "2b", id=1, n=15, before={"n": 12})]  # both added 3
+    assert outcomes(applier, works) == [APPLIED]
+    assert rows(shop) == [(1, "new", "counted", 18)]
+    assert shop.execute("DELETE FROM figbridge.conflict WHERE id > 1 RETURNING kind") == [("update_conflict",)]
+    assert kept(shop) == [("update_conflict", "merged", "decided")]
+    assert shop.execute("SELECT columns FROM figbridge.conflict") == [({"quantity": "delta", "note": "legacy"},)]
+    shop.execute("UPDATE shop.orders SET quantity = NULL")
+    assert outcomes(applier, [work(sell, "3", id=1, n=2, before={"n": 3})]) == [("ignored", "update_conflict")]
+    assert kept(shop)[-1] == ("update_conflict", "rejected", "open")
+
+
+def test_an_expression_decides_a_column(shop: Database, applier: Applier) -> None:
+    made(shop)
+    shop.execute("UPDATE shop.orders SET quantity = 9, note = E'50 %\\u2028 \"x\"'")
+    groups = [
+        {"columns": "quantity", "sql": "greatest(current.quantity, new.quantity)"},
+        {"columns": "note", "sql": "current.note || ' / ' || new.note || ' {%}'"},
+    ]
+    update = ruled("reject", groups=groups)
+    works = [work(update, "1", id=1, n=7, note="'; DROP TABLE shop.orders; --", before=SEEN)]
+    assert outcomes(applier, works) == [APPLIED]
+    assert rows(shop) == [(1, "new", '50 %\u2028 "x" / \'; DROP TABLE shop.orders; -- {%}', 9)]
+
+
+def test_the_higher_version_wins(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2, 3)
+    shop.execute("UPDATE shop.orders SET version = 5")
+    version = {"column": "version", "seen": "detail.seen", "new": "detail.v"}
+    columns = {"status": "detail.status", "version": "detail.v"}
+    update = ruled("version_wins", version=version, named={"set": columns})
+    works = [
+        work(update, "1", id=1, status="a", seen=5, v=6),  # nobody wrote
+        work(update, "2", id=2, status="b", seen=3, v="6"),
+        work(update, "3", id=3, status="c", seen=3, v=5),  # a tie is the legacy system's
+    ]
+    assert outcomes(applier, works) == [APPLIED, APPLIED, ("ignored", "update_conflict")]
+    assert [status for _, status, *_ in rows(shop)] == ["a", "b", "new"]
+    assert kept(shop) == [("update_conflict", "new", "decided"), ("update_conflict", "legacy", "decided")]
+
+
+def test_a_version_column_sees_what_was_changed_back(shop: Database, applier: Applier) -> None:
+    made(shop)
+    shop.execute("UPDATE shop.orders SET version = 1")
+    version = {"column": "version", "seen": "detail.seen"}
+    by_value, by_version = ruled("reject"), ruled("reject", version=version)
+    shop.execute("UPDATE shop.orders SET status = 'x', version = 2")
+    shop.execute("UPDATE shop.orders SET status = 'new', version = 3")
+    assert outcomes(applier, [work(by_version, "1", id=1, status="paid", seen=1, before=SEEN)]) == [
+        ("ignored", "update_conflict")
+    ]
+    assert outcomes(applier, [work(by_value, "2", id=1, status="paid", before=SEEN)]) == [APPLIED]
+
+
+@pytest.mark.parametrize(
+    ("policy", "outcome", "status"),
+    [
+        ("new_wins", APPLIED, "paid"),
+        ("legacy_wins", ("ignored", "insert_exists"), "new"),
+        ("reject", ("ignored", "insert_exists"), "new"),
+    ],
+)
+def test_insert_exists(shop: Database, applier: Applier, policy: str, outcome: Any, status: str) -> None:
+    made(shop)
+    insert = ruled(policy, "insert")
+    insert.primary_key = ("id",)
+    works = [work(insert, "1", id=1, status="paid"), work(insert, "2", id=2, status="fresh")]
+    assert outcomes(applier, works) == [outcome, APPLIED]
+    assert [status for _, status, *_ in rows(shop)] == [status, "fresh"]
+    assert [kind for kind, *_ in kept(shop)] == ["insert_exists"]
+    assert outcomes(applier, [work(insert, "3", id=2, status="fresh")]) == [APPLIED], "the same row is no conflict"
+    assert len(kept(shop)) == 1
+
+
+def test_a_row_that_is_made_while_we_look_is_tried_again(shop: Database, applier: Applier) -> None:
+    insert = ruled("legacy_wins", "insert")
+    insert.primary_key = ("id",)
+    patient = Applier(shop.dsn, statement_timeout=10, lock_timeout=10)
+    with closing(patient), shop.connect() as other:
+        other.execute("BEGIN; INSERT INTO shop.orders (id, status) VALUES (1, 'theirs')")
+        first = work(insert, "1", id=1, status="ours")
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(patient.apply_all([first])[first]))
+        thread.start()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        until(lambda: shop.execute(waiting) == [(1,)])
+        other.execute("COMMIT")
+        thread.join(10)
+    assert (found[0].outcome.value, found[0].reason) == ("retried", "23505")
+    assert count(shop, "figbridge.inbox") == 0
+    assert outcomes(applier, [first]) == [("ignored", "insert_exists")]
+
+
+def test_a_change_that_commits_while_we_wait_for_the_lock_is_seen(shop: Database) -> None:
+    made(shop)
+    patient = Applier(shop.dsn, statement_timeout=10, lock_timeout=10)
+    with closing(patient), shop.connect() as other:
+        other.execute("BEGIN; UPDATE shop.orders SET status = 'theirs'")
+        update = work(ruled("legacy_wins"), "1", id=1, status="ours", before=SEEN)
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(patient.apply_all([update])[update]))
+        thread.start()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
+        until(lambda: shop.execute(waiting) == [(1,)])
+        other.execute("COMMIT")
+        thread.join(10)
+    assert (found[0].outcome.value, found[0].reason) == ("ignored", "update_conflict")
+    assert rows(shop)[0][1] == "theirs"
+
+
+def test_a_lock_that_is_held_too_long_holds_up_only_its_event(shop: Database, applier: Applier) -> None:
+    made(shop, *range(10))
+    update = ruled("legacy_wins")
+    with shop.connect() as other, other.transaction():
+        other.execute("SELECT * FROM shop.orders WHERE id = 4 FOR UPDATE")
+        found = outcomes(applier, [work(update, str(n), id=n, status="b", before=SEEN) for n in range(10)])
+    assert found.count(APPLIED) == 9
+    assert found[4] == ("retried", "55P03")
+
+
+def test_a_missing_row_is_waited_for_unless_a_rule_says_otherwise(shop: Database, applier: Applier) -> None:
+    assert outcomes(applier, [work(ruled(), "1", id=1, status="a", before=SEEN)]) == [("retried", "update_missing")]
+    assert kept(shop) == []
+    for rule, outcome in (("legacy_wins", "ignored"), ("reject", "ignored"), ("new_wins", "applied")):
+        update = ruled("reject", kinds={"update_missing": rule})
+        assert outcomes(applier, [work(update, rule, id=1, status="a", before=SEEN)])[0][0] == outcome
+    assert [it[:2] for it in kept(shop)] == [
+        ("update_missing", "legacy"), ("update_missing", "rejected"), ("update_missing", "new"),
+    ]  # fmt: skip
+    assert rows(shop) == [(1, "a", None, None)]
+
+
+def test_a_row_that_the_owner_deleted_is_told_from_one_that_never_was(shop: Database, applier: Applier) -> None:
+    upsert = ruled("legacy_wins", "upsert", named={"version": "detail.v"})
+    update = ruled("legacy_wins", named={"version": "detail.v"})
+    again = ruled("new_wins", "upsert", named={"version": "detail.v"})
+    assert outcomes(applier, [work(upsert, "1", id=1, v=1, status="a")]) == [APPLIED]
+    shop.execute("DELETE FROM shop.orders")
+    works = [work(update, "2", id=1, v=2, status="b", before={}), work(upsert, "3", id=1, v=3, status="c")]
+    assert outcomes(applier, works) == [("ignored", "update_deleted")] * 2
+    assert rows(shop) == []
+    assert outcomes(applier, [work(again, "4", id=1, v=4, status="d")]) == [APPLIED]
+    assert kept(shop) == [("update_deleted", "legacy", "decided")] * 2 + [("update_deleted", "new", "decided")]
+    delete = ruled("legacy_wins", "delete", named={"version": "detail.v"})
+    assert outcomes(applier, [work(delete, "5", id=1, v=5)]) == [APPLIED]
+    assert outcomes(applier, [work(upsert, "6", id=1, v=6, status="e")]) == [APPLIED], "its own deletion is no conflict"
+
+
+def test_a_delete_of_what_the_owner_changed(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2, 3)
+    shop.execute("UPDATE shop.orders SET status = 'cancelled' WHERE id > 1")
+    keep, drop = (ruled(it, "delete", before=BEFORE) for it in ("legacy_wins", "new_wins"))
+    works = [
+        work(keep, "1", id=1, before=SEEN),
+        work(keep, "2", id=2, before=SEEN),
+        work(drop, "3", id=3, before=SEEN),
+        work(drop, "4", id=4, before=SEEN),
+    ]
+    expected = [APPLIED, ("ignored", "update_conflict"), APPLIED, ("ignored", "delete_missing")]
+    assert outcomes(applier, works) == expected
+    assert [it[0] for it in rows(shop)] == [2]
+    assert [it[:2] for it in kept(shop)] == [
+        ("update_conflict", "legacy"), ("update_conflict", "new"), ("delete_missing", "legacy"),
+    ]  # fmt: skip
+    quiet = ruled("legacy_wins", "delete", kinds={"delete_missing": "ignore"})
+    assert outcomes(applier, [work(quiet, "5", id=4)]) == [("ignored", "delete_missing")]
+    assert len(kept(shop)) == 3
+
+
+def test_a_soft_delete_is_compared_too(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2)
+    shop.execute("UPDATE shop.orders SET status = 'cancelled' WHERE id = 2")
+    soft = ruled("legacy_wins", "delete", before=BEFORE, named={"soft": {"status": "'gone'"}})
+    works = [work(soft, "1", id=1, before=SEEN), work(soft, "2", id=2, before=SEEN)]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict")]
+    assert [it[1] for it in rows(shop)] == ["gone", "cancelled"]
+
+
+def test_a_stale_version_is_kept_where_rules_are(shop: Database, applier: Applier) -> None:
+    upsert = ruled("new_wins", "upsert", named={"version": "detail.v"})
+    quiet = ruled("new_wins", "upsert", named={"version": "detail.v"}, kinds={"stale_version": "ignore"})
+    works = [work(upsert, "2", id=1, v=2, status="b"), work(upsert, "1", id=1, v=1, status="a")]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "stale_version")]
+    assert outcomes(applier, [work(quiet, "0", id=1, v=0, status="a")]) == [("ignored", "stale_version")]
+    assert kept(shop) == [("stale_version", "legacy", "decided")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "kinds", "outcome", "records"),
+    [
+        ("new_wins", {}, ("ignored", "unique_other"), [("unique_other", "rejected", "open")]),
+        ("legacy_wins", {}, ("ignored", "unique_other"), [("unique_other", "legacy", "decided")]),
+        ("legacy_wins", {"unique_other": "dead_letter"}, ("dead_letter", "23505"), []),
+    ],
+)
+def test_another_row_has_the_unique_value(
+    shop: Database, applier: Applier, *, policy: str, kinds: Any, outcome: Any, records: Any
+) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    made(shop)
+    upsert = ruled(policy, "upsert", kinds=kinds)
+    works = [work(upsert, "1", id=2, status="a", note="n"), work(upsert, "2", id=3, status="a", note="m")]
+    assert outcomes(applier, works) == [outcome, APPLIED]
+    assert [it[0] for it in rows(shop)] == [1, 3]
+    assert kept(shop) == records
+    if records:
+        assert "orders_note_key" in shop.execute("SELECT message FROM figbridge.conflict")[0][0]
+        assert outcomes(applier, works[:1]) == [("duplicate", "")]
+
+
+def test_a_missing_parent_waits_unless_a_rule_says_otherwise(shop: Database, applier: Applier) -> None:
+    waits, rejects = (ruled("new_wins", "upsert", kinds={"fk_missing": it}) for it in ("wait", "reject"))
+    assert outcomes(applier, [work(waits, "1", id=1, customer=9)]) == [("retried", "23503")]
+    assert outcomes(applier, [work(rejects, "2", id=1, customer=9)]) == [("ignored", "fk_missing")]
+    assert kept(shop) == [("fk_missing", "rejected", "open")]
+
+
+def test_what_the_legacy_system_owns_is_not_written(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2)
+    table = mapping(owner="legacy")
+    groups = [{"columns": ["note"], "owner": "legacy"}]
+    column = ruled("new_wins", "update", groups=groups)
+    works = [
+        work(table, "1", id=1, status="paid"),
+        work(table, "2", id=1, status="new"),  # it is so already
+        work(column, "3", id=2, status="paid", note="ours", before={}),
+        work(column, "4", id=2, status="sent", note="n", before={}),
+    ]
+    assert outcomes(applier, works) == [("ignored", "not_owner"), APPLIED, APPLIED, APPLIED]
+    assert rows(shop) == [(1, "new", "n", 5), (2, "sent", "n", 5)]
+    assert kept(shop) == [("not_owner", "legacy", "decided")] * 2
+    rejecting = ruled("new_wins", "update", groups=groups, kinds={"not_owner": "reject"})
+    assert outcomes(applier, [work(rejecting, "5", id=2, status="x", note="y", before={})]) == [
+        ("ignored", "not_owner")
+    ]
+    assert rows(shop)[1] == (2, "sent", "n", 5), "a part that is rejected rejects the event"
+
+
+def test_several_statements_are_decided_before_the_first_is_run(shop: Database, applier: Applier) -> None:
+    made(shop, 1, 2)
+    shop.execute("UPDATE shop.orders SET status = 'cancelled' WHERE id = 2")
+    customer = {"into": "shop.customers", "action": "upsert", "key": {"id": "detail.customer"}}
+    order = {
+        "into": "shop.orders", "action": "update", "key": {"id": "detail.id"}, "set": {"status": "detail.status"},
+        "conflicts": {"policy": "reject", "before": {"status": "detail.before.status"}},
+    }  # fmt: skip
+    note = {"sql": "UPDATE shop.orders SET note = 'seen' WHERE id = %(id)s", "with": {"id": "detail.id"}}
+    several = mapping(into=None, action=None, key=None, set=None, statements=[customer, note, order])
+    works = [work(several, str(n), id=n, customer=n, status="paid", before=SEEN) for n in (1, 2)]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict")]
+    assert shop.execute("SELECT id FROM shop.customers") == [(1,)]
+    assert rows(shop) == [(1, "paid", "seen", 5), (2, "cancelled", "n", 5)]
+    assert shop.execute("SELECT statement FROM figbridge.conflict") == [(2,)]
+
+
+def test_one_batch_of_many_kinds_is_one_transaction(shop: Database, applier: Applier) -> None:
+    made(shop, *range(0, 300, 2))
+    shop.execute("UPDATE shop.orders SET status = 'cancelled' WHERE id % 4 = 0")
+    upsert, plain = ruled("legacy_wins", "upsert", before=BEFORE), mapping()
+    works = [work(upsert if n % 3 else plain, str(n), id=n, status="paid", before=SEEN) for n in range(300)]
+    found = outcomes(applier, works)
+    dropped = [n for n in range(300) if n % 4 == 0 and n % 3]
+    assert [n for n, it in enumerate(found) if it == ("ignored", "update_conflict")] == dropped
+    assert found.count(APPLIED) == 300 - len(dropped)
+    assert len(kept(shop)) == len(dropped)
+    assert shop.execute("SELECT count(DISTINCT xmin::text) FROM figbridge.inbox") == [(1,)]
+
+
+def test_a_second_event_about_a_row_in_a_batch_sees_what_the_first_one_wrote(shop: Database, applier: Applier) -> None:
+    made(shop)
+    update = ruled("reject")
+    other = ruled("reject", named={"entity": "detail.entity"})
+    works = [
+        work(update, "1", id=1, status="a", before={"status": "new"}),
+        work(update, "2", id=1, status="b", before={"status": "a"}),
+        work(other, "3", id=1, status="c", before={"status": "b"}, entity="x"),
+        work(other, "4", id=1, status="d", before={"status": "b"}, entity="y"),
+    ]
+    assert outcomes(applier, works) == [APPLIED, APPLIED, APPLIED, ("ignored", "update_conflict")]
+    assert rows(shop)[0][1] == "c"
+
+
+def test_types_without_equality_are_compared(shop: Database, applier: Applier) -> None:
+    shop.execute("""
+        CREATE TABLE shop.odd (id int PRIMARY KEY, j json, p point, n numeric, b bytea, f float8, x text[]);
+        INSERT INTO shop.odd VALUES
+            (1, '{"a": 1,  "b": 2}', '(1,2)', 1.50, 'x', 'NaN', '{a}'), (2, '[1]', '(1,2)', 1, 'x', 1, '{a}')
+    """)
+    columns = ("j", "p", "n", "b", "f", "x")
+    update = mapping(
+        "update",
+        into="shop.odd",
+        set={it: f"detail.{it}" for it in columns},
+        conflicts={"policy": "reject", "before": {it: f"detail.before.{it}" for it in columns}},
+    )
+    seen = {"j": {"b": 2, "a": 1}, "p": "(1,2)", "n": 1.5, "b": "\\x78", "f": "NaN", "x": ["a"]}
+    new = {"j": {"c": 3}, "p": "(3,4)", "n": 2, "b": "\\x79", "f": 2, "x": []}
+    works = [work(update, str(n), id=n, **new, before=seen) for n in (1, 2)]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict")]
+    assert shop.execute("SELECT columns FROM figbridge.conflict")[0][0].keys() == set(columns)
+
+
+def test_no_value_of_a_conflict_is_in_the_outcome(shop: Database, applier: Applier) -> None:
+    made(shop)
+    shop.execute("UPDATE shop.orders SET status = 'secret-legacy'")
+    update = work(ruled("legacy_wins"), "1", id=1, status="secret-new", before=SEEN)
+    assert "secret" not in str(applier.apply_all([update])[update])
+
+
+def test_an_event_without_the_number_that_was_seen_is_malformed() -> None:
+    from figbridge.reverse.message import Malformed
+
+    sell = ruled("delta", before=BEFORE, named={"set": {"quantity": "detail.n"}})
+    with pytest.raises(Malformed):
+        sell.prepare(event("1", id=1, n=2, before={}))
+
+
+def test_on_every_version_of_the_server(each_database: Database) -> None:
+    """The queries that lock and keep, and with the list of what is touched and its names between the statements."""
+    make_shop(each_database)
+    made(each_database, *range(20))
+    each_database.execute("UPDATE shop.orders SET status = 'cancelled', quantity = quantity + 1 WHERE id % 2 = 0")
+    guard = LoopGuard("message", slot=each_database.slot, touched_rows=True)
+    update = ruled("legacy_wins", groups=[{"columns": "quantity", "policy": "delta"}])
+    works = [work(update, str(n), id=n, status="paid", n=7, before=SEEN) for n in range(20)]
+    plain = [work(mapping(), f"plain {n}", id=n, status="paid") for n in range(20, 30)]
+    with closing(Applier(each_database.dsn, statement_timeout=10, lock_timeout=1, guard=guard)) as applier:
+        assert outcomes(applier, works[:10] + plain + works[10:]) == [APPLIED] * 30
+    expected = [(n, "cancelled" if n % 2 == 0 else "paid", "n", 8 if n % 2 == 0 else 7) for n in range(20)]
+    assert rows(each_database)[:20] == expected
+    assert kept(each_database) == [("update_conflict", "merged", "decided")] * 10
+    assert count(each_database, "shop.orders") == 30

@@ -1,0 +1,191 @@
+"""Everything but COMMIT at once: what is hoped for, what disappoints, and that nobody can tell the two ways apart."""
+
+import itertools
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from figbridge.config import MappingSection
+from figbridge.deadletter import TableDeadLetterStore
+from figbridge.errors import LegacyUnavailable
+from figbridge.metrics import Metrics
+from figbridge.reverse.apply import Applier
+from figbridge.reverse.consume import Consumer
+from figbridge.reverse.express import Hope
+from figbridge.reverse.mapping import Mapping, Mappings, Work
+from figbridge.reverse.outcome import DELETE_MISSING, STALE_VERSION, Applied, Outcome
+from fixtures.postgres import Database
+from fixtures.reverse import COLUMNS, KIND, body, count, make_shop, mapping, orders, work
+from fixtures.scripted import ScriptedSource
+
+DONE = Applied(Outcome.APPLIED)
+
+
+@pytest.fixture
+def shop(database: Database) -> Database:
+    return make_shop(database)
+
+
+@pytest.fixture
+def applier(shop: Database) -> Iterator[Applier]:
+    with closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=0.2)) as found:
+        yield found
+
+
+def versioned(action: str = "upsert") -> Mapping:
+    return mapping(action, version="detail.v")
+
+
+def works(of: Mapping, numbers: range, **detail: object) -> list[Work]:
+    return [work(of, f"e-{number}-{detail}", id=number, **detail) for number in numbers]
+
+
+def statements_of(applier: Applier) -> set[str]:
+    """What our session has been sent so far, prepared."""
+    found = applier.connection().execute("SELECT statement FROM pg_prepared_statements").fetchall()
+    return {text.split()[0] for (text,) in found}
+
+
+def test_a_batch_is_one_pipeline_of_prepared_statements_and_a_commit(shop: Database, applier: Applier) -> None:
+    outcomes = applier.apply_all(works(versioned(), range(50), v=1, status="new"))
+    assert set(outcomes.values()) == {DONE}
+    assert len(orders(shop)) == count(shop, "figbridge.inbox") == count(shop, "figbridge.entity_version") == 50
+    assert statements_of(applier) == {"BEGIN", "SELECT", "INSERT"}
+
+
+def test_the_claim_comes_before_the_rows_in_the_wal(shop: Database, applier: Applier) -> None:
+    slot = shop.create_slot()
+    shop.execute("CREATE PUBLICATION seen FOR TABLE figbridge.inbox, figbridge.entity_version, shop.orders")
+    applier.apply_all(works(versioned(), range(3), v=1, status="new"))
+    sent = shop.execute(
+        "SELECT get_byte(data, 0) FROM pg_logical_slot_get_binary_changes"
+        "(%s, NULL, NULL, 'proto_version', '1', 'publication_names', 'seen')",
+        [slot],
+    )
+    messages = "".join(chr(kind) for (kind,) in sent)
+    # begin, then for each table its relation and three inserts: the inbox is the first of them
+    assert messages == "B" + "RIII" * 3 + "C"
+    first = shop.execute("SELECT min(xmin::text::bigint), max(xmin::text::bigint) FROM figbridge.inbox")
+    assert first[0][0] == first[0][1]
+
+
+def test_what_disappoints_is_done_step_by_step_with_the_same_end(shop: Database, applier: Applier) -> None:
+    upsert, update, delete = versioned(), versioned("update"), versioned("delete")
+    first = work(upsert, "first", id=1, v=5, status="five")
+    applier.apply_all([first])
+    late = work(upsert, "late", id=1, v=4, status="four")
+    again = work(upsert, "first", id=1, v=5, status="five")
+    other = work(upsert, "first", id=1, v=6, status="another payload")
+    orphan = work(update, "orphan", id=2, v=1, status="no row yet")
+    gone = work(delete, "gone", id=3, v=1)
+    good = work(upsert, "good", id=4, v=1, status="good")
+    outcomes = applier.apply_all([late, again, orphan, gone, good])
+    assert outcomes[late].reason == STALE_VERSION
+    assert outcomes[again].outcome is Outcome.DUPLICATE
+    assert outcomes[orphan].outcome is Outcome.RETRY
+    assert outcomes[gone] == Applied(Outcome.IGNORED, DELETE_MISSING, "no row of shop.orders has this key")
+    assert outcomes[good] == DONE
+    assert applier.apply_all([other])[other].outcome is Outcome.DEAD_LETTER
+    assert orders(shop) == [(1, "five"), (4, "good")]
+
+
+def test_statements_of_an_event_that_was_applied_before_leave_no_trace(shop: Database, applier: Applier) -> None:
+    """They are sent, since nobody knows yet; the rollback takes all of them back, triggers' work too."""
+    shop.execute("""
+        CREATE TABLE shop.seen (id bigint, status text);
+        CREATE FUNCTION shop.look() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO shop.seen VALUES (NEW.id, NEW.status); RETURN NULL; END $$;
+        CREATE TRIGGER look AFTER INSERT OR UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.look();
+    """)
+    plain = mapping("upsert")
+    old, new = work(plain, "old", id=1, status="old"), work(plain, "new", id=1, status="new")
+    applier.apply_all([old])
+    applier.apply_all([new])
+    outcomes = applier.apply_all([old, work(plain, "third", id=2, status="third")])
+    assert [it.outcome for it in outcomes.values()] == [Outcome.DUPLICATE, Outcome.APPLIED]
+    assert shop.execute("SELECT id, status FROM shop.seen") == [(1, "old"), (1, "new"), (2, "third")]
+
+
+def test_one_entity_many_times_is_still_one_pipeline(shop: Database, applier: Applier) -> None:
+    changes = [work(versioned(), f"c-{version}", id=1, v=version, status=str(version)) for version in range(1, 30)]
+    assert set(applier.apply_all(changes).values()) == {DONE}
+    assert orders(shop) == [(1, "29")]
+    assert len(shop.execute("SELECT DISTINCT xmin::text FROM figbridge.inbox")) == 1
+
+
+def test_a_locked_row_is_waited_for_once(shop: Database, applier: Applier) -> None:
+    shop.execute("INSERT INTO shop.orders (id) VALUES (7)")
+    with shop.connect() as application:
+        application.execute("BEGIN; UPDATE shop.orders SET status = 'theirs' WHERE id = 7")
+        outcomes = applier.apply_all(works(versioned(), range(5, 9), v=1, status="ours"))
+        application.execute("ROLLBACK")
+    assert [it.reason for it in outcomes.values()] == ["", "", "55P03", ""]
+    assert [it for it in orders(shop) if it[1] == "ours"] == [(5, "ours"), (6, "ours"), (8, "ours")]
+
+
+def test_without_its_prepared_statements_it_goes_on_without_any(shop: Database, applier: Applier) -> None:
+    applier.apply_all(works(versioned(), range(3), v=1, status="new"))
+    # behind the driver's back, as a pooler does that gives our session to somebody else
+    assert applier.connection().pgconn.exec_(b"DEALLOCATE ALL").status == 1
+    batch = works(versioned(), range(3), v=2, status="newer")
+    with pytest.raises(LegacyUnavailable):
+        applier.apply_all(batch)
+    assert set(applier.apply_all(batch).values()) == {DONE}
+    assert orders(shop) == [(number, "newer") for number in range(3)]
+    assert statements_of(applier) == set()
+
+
+@pytest.mark.parametrize("hopeful", [True, False])
+@pytest.mark.parametrize("action", ["upsert", "update"])
+def test_two_replicas_with_the_same_rows_never_wait_in_a_circle(shop: Database, action: str, hopeful: bool) -> None:
+    shop.execute("INSERT INTO shop.orders (id) SELECT generate_series(1, 60)")
+    of = mapping(action)
+
+    def replica(name: str) -> set[Applied]:
+        chance, found = random.Random(name), set()
+        with closing(Applier(shop.dsn, statement_timeout=30, lock_timeout=20)) as ours:
+            for turn in range(15):
+                numbers = chance.sample(range(1, 61), 50)
+                batch = [work(of, f"{name}-{turn}-{number}", id=number, status=name) for number in numbers]
+                found |= set(ours.apply_all(batch, hopeful=hopeful).values())
+        return found
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(replica, "abc")) == [{DONE}] * 3
+    assert shop.execute("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
+@pytest.mark.parametrize("attempts", [1, 2])
+def test_what_is_delivered_again_is_not_tried_in_hope(shop: Database, attempts: int) -> None:
+    """A key that is known would be an error in the server's log."""
+    stop, seen = threading.Event(), []
+
+    def look(step: str) -> None:
+        if step == "executed":
+            seen.append(statements_of(ours))
+
+    ours = Applier(shop.dsn, statement_timeout=10, lock_timeout=1, on_step=look)
+    section = MappingSection.model_validate({
+        "match": KIND, "into": "shop.orders", "action": "upsert", "key": {"id": "detail.id"}, "set": COLUMNS,
+    })  # fmt: skip
+    source = ScriptedSource([body("e-1", id=1, status="new")], stop, attempts=attempts)
+    letters = TableDeadLetterStore(shop.dsn)
+    Consumer(source, Mappings([section]), ours, letters, Metrics(), park_timeout=60).run(stop)
+    assert orders(shop) == [(1, "new")]
+    assert ["BEGIN" in statements for statements in seen] == [attempts == 1]
+
+
+def test_hope_comes_back_more_and_more_slowly() -> None:
+    hope = Hope()
+
+    def pause() -> int:
+        hope.learn(fulfilled=False)
+        return sum(1 for _ in itertools.takewhile(lambda there: not there, iter(hope.there, None)))
+
+    assert [pause() for _ in range(8)] == [1, 2, 4, 8, 16, 32, 64, 64]
+    hope.learn(fulfilled=True)
+    assert pause() == 1

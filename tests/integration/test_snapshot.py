@@ -1,0 +1,160 @@
+"""Snapshots on real servers: what a chunk says, how tables are walked, what happens within a window."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from figbridge.event import Event
+from figbridge.forward.snapshot import layout
+from figbridge.forward.values import Encoders
+from figbridge.preflight.catalogue import Name
+from fixtures.forward import Forward
+from fixtures.postgres import Database
+from fixtures.snapshot import finished, prepare
+from fixtures.type_matrix import SECTIONS, Case, array_of, by_kind
+
+
+def walk(database: Database, *names: Name) -> list[dict[str, Any]]:
+    """The events of a snapshot of tables to which nobody writes."""
+    with Forward(database, snapshot=names) as forward:
+        finished(forward, *(name for _, name in names))
+        return [it for it in forward.sink.details if it["op"] == "read"]
+
+
+def after(events: Sequence[dict[str, Any]], column: str = "id") -> list[Any]:
+    return [it["after"][column] for it in events]
+
+
+def test_the_rows_of_a_table_of_every_type_are_what_the_stream_says_of_them(each_database: Database) -> None:
+    """Same rows, two paths: the same values, the same keys, the same version of the schema."""
+    sections = [it for it in SECTIONS if not it.needs]
+    ddl = "".join(section.ddl for section in sections)
+    columns = [cases for it in sections for cases in by_kind(it.cases, each_database.version)]
+    columns += [[array_of(column)] for column in columns if not column[0].kind.endswith("[]")]
+    definitions = ", ".join(f"c{number} {column[0].kind}" for number, column in enumerate(columns))
+    prepare(each_database, f"{ddl} CREATE TABLE matrix (id int PRIMARY KEY, {definitions})", "matrix")
+    height = max(map(len, columns))
+    with each_database.connect() as connection, connection.cursor() as cursor:
+        for number in range(height):
+            literals = [column[number].literal if number < len(column) else None for column in columns]
+            cursor.execute(
+                f"INSERT INTO matrix VALUES ({', '.join(['%s'] * (len(columns) + 1))})", [str(number), *literals],
+                prepare=False,
+            )  # fmt: skip
+    with Forward(each_database, snapshot=[("public", "matrix")]) as forward:
+        finished(forward, "matrix")
+        streamed = [event for event in forward.sink.events if b'"op":"insert"' in event.detail]
+        read = [event for event in forward.sink.events if b'"op":"read"' in event.detail]
+    assert len(streamed) == len(read) == height
+    for one, other in zip(streamed, read, strict=True):
+        assert _part(one.detail) == _part(other.detail)
+        assert one.key == other.key
+        assert (other.detail_type, one.source) == ("matrix.read", other.source)
+
+
+def _part(detail: bytes) -> bytes:
+    """From the schema's name to the list of unchanged columns: all that is about the row, byte by byte."""
+    return detail[detail.index(b'"schema":') : detail.rindex(b',"position":')]
+
+
+def test_what_the_server_writes_as_json_is_what_the_stream_says(each_database: Database) -> None:
+    """The types that are left to it, in a table of them alone, where COPY escapes in another way than beside others."""
+    cases = [it for section in SECTIONS if not section.needs for it in by_kind(section.cases, each_database.version)]
+    encoders, served = Encoders("safe", lambda _: None), list[list[Case]]()
+    for column in cases:
+        (found,) = each_database.execute("SELECT to_regtype(%s)::oid::int", [column[0].kind.split("(")[0]])
+        if found[0] and layout._way(found[0], encoders.of(found[0])):
+            served.append(column)
+    assert len(served) > 30
+    definitions = ", ".join(f"c{number} {column[0].kind}" for number, column in enumerate(served))
+    prepare(each_database, f"CREATE TABLE matrix (id int PRIMARY KEY, {definitions})", "matrix")
+    with each_database.connect() as connection, connection.cursor() as cursor:
+        for number in range(max(map(len, served))):
+            literals = [column[number].literal if number < len(column) else None for column in served]
+            cursor.execute(
+                f"INSERT INTO matrix VALUES ({', '.join(['%s'] * (len(served) + 1))})", [str(number), *literals],
+                prepare=False,
+            )  # fmt: skip
+    _compared(each_database, "matrix")
+
+
+def test_any_text_is_what_the_stream_says(database: Database) -> None:
+    """As value and as key, by which rows are told apart: each escape of COPY and of JSON, and none at all."""
+    prepare(database, "CREATE TABLE letters (id text PRIMARY KEY, note text, mood varchar)", "letters")
+    database.execute(
+        "INSERT INTO letters SELECT chr(n), repeat(chr(n), 3), chr(n) || 'n' FROM generate_series(1, 1000) AS n"
+    )
+    odd = [
+        "null",
+        "NULL",
+        "\\N",
+        "\\.",
+        "\\n",
+        "\\\\n",
+        'a "b"',
+        '\\"',
+        "\u2028\U0001f600",
+        "{%b%s}",
+        "{id}",
+        "a\tb\r\nc",
+        "\\t",
+    ]
+    for number, text in enumerate(odd):
+        database.execute("INSERT INTO letters VALUES (%s, %s, NULL)", [f"{number}{text}", text])
+    database.execute("INSERT INTO letters VALUES ('', '', ''), ('  ', NULL, NULL)")
+    assert len(_compared(database, "letters")) == 1000 + len(odd) + 2
+
+
+def test_a_byte_that_is_not_utf_8_is_what_the_stream_says(database: Database) -> None:
+    """A database of encoding UTF8 can hold one by a fault of old; here by a cast that does not look."""
+    prepare(database, "CREATE TABLE old (id int PRIMARY KEY, note text, document jsonb)", "old")
+    database.execute("CREATE CAST (bytea AS text) WITHOUT FUNCTION")
+    database.execute(
+        "INSERT INTO old VALUES (1, '\\x616263ff22c3a45c'::bytea::text, NULL), (2, 'ä \"quoted\"', '{\"a\": \"ä\"}')"
+    )
+    events = _compared(database, "old")
+    assert b"udcff" in events[0].detail
+
+
+def _compared(database: Database, table: str) -> list[Event]:
+    """The events of the inserts of a table, each like the one that the snapshot makes of the same row."""
+    with Forward(database, snapshot=[("public", table)]) as forward:
+        finished(forward, table)
+        streamed = {event.key: event for event in forward.sink.events if b'"op":"insert"' in event.detail}
+        read = {event.key: event for event in forward.sink.events if b'"op":"read"' in event.detail}
+    assert streamed.keys() == read.keys()
+    for key, event in streamed.items():
+        assert _part(event.detail) == _part(read[key].detail)
+    return list(streamed.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "rows"),
+    [
+        ("id bigint PRIMARY KEY", "n * 7"),
+        ("id text PRIMARY KEY", "md5(n::text)"),
+        ('id text COLLATE "C" PRIMARY KEY', "CASE n % 3 WHEN 0 THEN 'Ä' WHEN 1 THEN 'a' ELSE 'B' END || n"),
+        ("id uuid PRIMARY KEY", "md5(n::text)::uuid"),
+        ("id numeric PRIMARY KEY", "n / 7.0"),
+        ("id timestamptz PRIMARY KEY", "timestamptz '2026-01-01' + n * interval '1 minute'"),
+        ("id timestamptz PRIMARY KEY", "timestamptz '0044-03-15 12:00+00 BC' + n * interval '1 minute'"),
+        ("id timestamp PRIMARY KEY", "timestamp '0044-03-15 12:00 BC' + n * interval '1 minute'"),
+        ("id date PRIMARY KEY", "date '0044-03-15 BC' + n"),
+        ("id float8 PRIMARY KEY", "n / 7.0::float8"),
+        ("id bytea PRIMARY KEY", "decode(md5(n::text), 'hex')"),
+        ("id inet PRIMARY KEY", "inet '10.0.0.0' + n"),
+        ("id interval PRIMARY KEY", "n * interval '7 minutes'"),
+        ("id char(8) PRIMARY KEY", "lpad(n::text, 7, ' ')"),
+        ("id int", "n"),
+    ],
+)  # fmt: skip
+def test_every_row_is_read_once_whatever_the_key(database: Database, key: str, rows: str) -> None:
+    prepare(database, f"CREATE TABLE thing ({key}, note text)", "thing")
+    database.execute("ALTER TABLE thing REPLICA IDENTITY FULL" if "PRIMARY" not in key else "SELECT")
+    database.execute(f"INSERT INTO thing SELECT {rows}, repeat('x', n % 50) FROM generate_series(1, 5000) AS n")
+    database.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [database.slot])
+    events = walk(database, ("public", "thing"))
+    assert len(events) == len({it["id"] for it in events}) == 5000
+    expected = database.execute("SELECT to_json(t)->>'id' FROM thing t")
+    assert sorted(str(it) for it in after(events)) == sorted(str(it).strip('"') for (it,) in expected)
