@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 
-pytest_plugins = ["fixtures.postgres", "fixtures.aws"]
+pytest_plugins = ["fixtures.postgres", "fixtures.aws", "fixtures.chance"]
 
 
 @pytest.fixture(autouse=True)
