@@ -4,7 +4,7 @@ from typing import Any
 
 import jsonschema_rs
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from figbridge.contracts.difference import compare
@@ -88,6 +88,8 @@ _ATOMS = st.one_of(
 _EVENTS = st.dictionaries(st.sampled_from("abc"), _ATOMS)
 
 
+# most pairs agree on an event; how many of the first ones do not is chance
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(_SCHEMAS, _SCHEMAS, _EVENTS)
 def test_what_is_said_to_be_safe_is_safe(old: dict[str, Any], new: dict[str, Any], event: dict[str, Any]) -> None:
     whom = {it for it, _ in breaks(old, new)}
