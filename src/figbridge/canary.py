@@ -16,9 +16,11 @@ import secrets
 import threading
 from typing import Final, Literal
 
+import psycopg
 import structlog
 
 from figbridge import legacy, mark
+from figbridge.errors import OriginInUse
 from figbridge.retry import Stopped, persist
 
 _log = structlog.get_logger()
@@ -36,6 +38,21 @@ def origin(slot: str) -> str:
     return f"figbridge_{slot}"
 
 
+def bear_origin(connection: psycopg.Connection, slot: str) -> None:
+    """Mark all that `connection`, in autocommit mode, will write until it ends. Raises OriginInUse, psycopg.Error.
+
+    PostgreSQL before 19 lets one session at a time have an origin, and names no way to share it.
+    """
+    try:
+        connection.execute("SELECT pg_replication_origin_session_setup(%s)", [origin(slot)])
+    except psycopg.errors.ObjectInUse as error:
+        raise OriginInUse(
+            f"another session has the mark of our transactions, the replication origin {origin(slot)}: {error}",
+            hint="a second replica waits until the first one ends; for a command that writes, stop the bridge "
+            "meanwhile (its forward path may go on: `figbridge run --only forward`)",
+        ) from error
+
+
 def write(dsn: str, slot: str, guard: Literal["inbox", "message", "origin"] = "inbox") -> str:
     """Commit a canary; its nonce. Raises LegacyUnavailable or BridgeError.
 
@@ -44,7 +61,7 @@ def write(dsn: str, slot: str, guard: Literal["inbox", "message", "origin"] = "i
     nonce = secrets.token_hex(16)
     with legacy.connect(dsn, purpose="canary", autocommit=True) as connection, legacy.translated():
         if guard == "origin":
-            connection.execute("SELECT pg_replication_origin_session_setup(%s)", [origin(slot)])
+            bear_origin(connection, slot)
         emit = "SELECT pg_logical_emit_message(true, %s, %s)"
         with connection.transaction():
             connection.execute(emit, [mark.MARK, mark.write((), [mark.Entry(SOURCE, nonce, 0, ())])])

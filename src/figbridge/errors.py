@@ -15,6 +15,7 @@ BridgeError                  hint says the remedy; exit_status is what the proce
 ├── QueueError               the reverse source
 │   └── QueueUnavailable     retried
 └── LegacyUnavailable        the legacy database, write side; retried
+    └── OriginInUse          another replica of the bridge, or the bridge itself, has the origin
 
 A class exists only where a caller behaves differently.
 ``retryable``, ``retry_after`` and ``urgent`` are read by one place, `figbridge.retry`.
@@ -137,3 +138,9 @@ class LegacyUnavailable(BridgeError):
     """The legacy database could not be reached, or had no room, or asked us to try again."""
 
     retryable = True
+
+
+class OriginInUse(LegacyUnavailable):
+    """Another session has the replication origin of ``loop-guard: origin``. A replica waits for it, a command ends."""
+
+    retry_after = 0.5  # as SlotInUse

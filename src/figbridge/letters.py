@@ -38,6 +38,7 @@ from figbridge.forward import redrive as forward
 from figbridge.metrics import Metrics
 from figbridge.relay import redrive as relay
 from figbridge.reverse import redrive as reverse
+from figbridge.reverse.guard import require_free
 from figbridge.reverse.setup import open_consumer
 from figbridge.transports import open_dead_letters, open_deposit, open_sink
 
@@ -164,6 +165,7 @@ def _apply(
     first = next(letters, None)
     if first is None:
         return
+    require_free(config)
     yield from reverse.redrive(
         _with(first, letters),
         store,

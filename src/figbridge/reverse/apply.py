@@ -27,7 +27,7 @@ from psycopg import conninfo
 from psycopg.pq import TransactionStatus
 
 from figbridge import legacy
-from figbridge.errors import LegacyUnavailable
+from figbridge.errors import LegacyUnavailable, OriginInUse
 from figbridge.event import Received
 from figbridge.reverse import conflict, express, transaction
 from figbridge.reverse.guard import LoopGuard
@@ -152,6 +152,9 @@ class Applier:
         except psycopg.Error as error:
             connection.close()  # it would write without a mark
             raise unavailable(error) from error
+        except OriginInUse:
+            connection.close()
+            raise
 
     def _express(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> bool:
         """Whether all of them could be applied at once; if not, nothing was done."""

@@ -17,7 +17,7 @@ from typing import Final, Literal, Self
 import psycopg
 from psycopg import sql
 
-from figbridge import canary, mark
+from figbridge import canary, legacy, mark
 from figbridge.config import Config
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.touched import Touching
@@ -43,9 +43,9 @@ class LoopGuard:
         return cls(kind, slot=config.legacy.slot, touched_rows=touched_rows)
 
     def opened(self, connection: psycopg.Connection) -> None:
-        """A new connection, in autocommit mode. Raises psycopg.Error, 55006 while another session has the origin."""
+        """A new connection, in autocommit mode. Raises psycopg.Error, OriginInUse."""
         if self._kind == "origin":
-            connection.execute("SELECT pg_replication_origin_session_setup(%s)", [canary.origin(self._slot)])
+            canary.bear_origin(connection, self._slot)
 
     @property
     def lists(self) -> bool:
@@ -61,6 +61,19 @@ class LoopGuard:
     def naming(self, works: Sequence[Work]) -> Callable[[Work | None], bytes] | None:
         """The statement that stands before those of a work, and before the end (None); None where none is needed."""
         return _name if self._touching and len(works) > 1 else None
+
+
+def require_free(config: Config) -> None:
+    """For a command that writes as the bridge does: it should end, and not wait as a replica would.
+
+    Raises OriginInUse while another session has the origin, LegacyUnavailable, BridgeError.
+    """
+    if config.legacy.loop_guard == "origin":
+        with (
+            legacy.connect(config.legacy.write_dsn, purpose="guard", autocommit=True) as connection,
+            legacy.translated(),
+        ):
+            canary.bear_origin(connection, config.legacy.slot)
 
 
 def _name(work: Work | None) -> bytes:
