@@ -123,7 +123,11 @@ def mapping() -> None:
     type=click.Path(path_type=Path),
     help="A file with one event, as the queue has it.",
 )
-@click.option("--execute", is_flag=True, help="Run the statements, show the rows' difference, and roll back.")
+@click.option(
+    "--execute",
+    is_flag=True,
+    help="Run the statements, show the rows' difference and what the rules for conflicts decide, and roll back.",
+)
 def mapping_test(path: Path, event: Path, execute: bool) -> None:
     """Show what an event becomes: its keys, its statements and, with --execute, what they would change."""
     with _reported():
@@ -143,7 +147,8 @@ def mapping_test(path: Path, event: Path, execute: bool) -> None:
         for line in rehearse.show(work):
             click.echo(line)
         if execute:
-            for line in rehearse.rehearse(config.legacy.dsn.get_secret_value(), work):
+            dsn = config.legacy.dsn.get_secret_value()
+            for line in rehearse.decide(config, work) if any(work.expected) else rehearse.rehearse(dsn, work):
                 click.echo(line)
 
 
