@@ -2,14 +2,18 @@
 
 The oracle is the database itself, asked when everything is over. The consumer is the simplest there is: it drops ids
 that it has seen, and lets each event replace what it knew of the row.
+
+The moments of kill -9 are random; a failure says their seed (`fixtures.chance`).
 """
 
+import itertools
 import json
 import random
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -17,7 +21,7 @@ import pytest
 from fixtures.bridge import Bridge
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.snapshot import applied, differences
+from fixtures.snapshot import applied, differences, repeats
 
 KILLS = 5
 CONFIG = """
@@ -111,14 +115,16 @@ class Writer(threading.Thread):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_events_in_order_are_the_tables_whatever_is_killed_when(each_database: Database, tmp_path: Path) -> None:
+def test_events_in_order_are_the_tables_whatever_is_killed_when(
+    each_database: Database, tmp_path: Path, chance: random.Random
+) -> None:
     database, config = each_database, tmp_path / "bridge.yaml"
     database.execute(SCHEMA)
     config.write_text(CONFIG % {"slot": database.slot, "directory": tmp_path})
     environment = {"LEGACY_DSN": database.dsn}
     initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
     subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60)
-    stop, chance = threading.Event(), random.Random(database.version)
+    stop, lives = threading.Event(), [0]
     writers = [Writer(database.dsn, seed, stop, "shop.empty, shop.pair" if not seed else None) for seed in range(3)]
     with Bridge(config, tmp_path / "log", environment=environment) as bridge:
         for writer in writers:
@@ -127,7 +133,9 @@ def test_events_in_order_are_the_tables_whatever_is_killed_when(each_database: D
             for _ in range(KILLS):
                 bridge.until_ready()
                 threading.Event().wait(0.3 + chance.random() * 1.2)  # the random moment
-                bridge.kill()
+                bridge.end()
+                lives.append(_whole(tmp_path / "events.jsonl"))
+                bridge.start()
             bridge.until_ready()
             query = "SELECT table_name, state, rows, estimate, message FROM figbridge.snapshot"
             until(
@@ -142,12 +150,13 @@ def test_events_in_order_are_the_tables_whatever_is_killed_when(each_database: D
         _drained(database)
         assert bridge.terminate() == 0
     assert [writer.error for writer in writers] == [None] * 3
-    lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
-    ids = [json.loads(line)["id"] for line in lines if b'"op":"read"' in line]
-    details = [json.loads(line)["detail"] for line in lines]
+    told = _lives(tmp_path / "events.jsonl", lives)
+    details = [detail for life in told for detail in life]
     wrong = differences(database, applied(TABLES, details))
+    # a chunk of shop.number leaves in several windows, if the stream told less than all of some rows
+    wrong += repeats([[detail for detail in life if detail["table"] != "number"] for life in told])
     assert not wrong, "\n".join(wrong)
-    assert len(ids) > 20_000, "the snapshot read too little to prove anything"
+    assert sum(it["op"] == "read" for it in details) > 20_000, "the snapshot read too little to prove anything"
     assert sum(writer.transactions for writer in writers) > 1000, "the workload was too small to prove anything"
 
 
@@ -155,3 +164,82 @@ def _drained(database: Database) -> None:
     written = database.execute("SELECT pg_current_wal_insert_lsn()")[0][0]
     query = "SELECT confirmed_flush_lsn >= %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
     until(lambda: database.execute(query, [written, database.slot])[0][0], 60, "the slot confirmed to its end")
+
+
+def _whole(path: Path) -> int:
+    """Bytes of whole lines; what is behind them was torn by a kill, and will be cut off."""
+    return path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+
+
+def _lives(path: Path, ends: list[int]) -> list[list[dict[str, Any]]]:
+    """The details of the events that each process wrote; all but the last one ended there."""
+    content = path.read_bytes()
+    parts = itertools.pairwise([*ends, len(content)])
+    return [[json.loads(line)["detail"] for line in content[one:other].splitlines()] for one, other in parts]
+
+
+SMALL = """
+legacy: {dsn: "${LEGACY_DSN}", slot: %(slot)s, publication: snap, tables: [shop.keyed, shop.keyless]}
+forward:
+  sink: {type: file, path: "%(directory)s/events.jsonl"}
+  snapshot: initial
+  snapshot-parallel: 2
+  snapshot-rows-per-second: 3000
+http: {listen: "${HTTP_LISTEN}"}
+"""
+ROWS = 8000  # of each table
+# at import, in the bridge's process: chunks of 600 rows or so, which leave in several slices
+CHUNKS = """
+from figbridge.forward.snapshot import chunk, reads
+chunk.MOST_BYTES, chunk._BLOCK_ROWS, reads._FEWEST = 40_000, 100, 100
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_repeats_one_chunk_a_table_at_most(
+    each_database: Database, tmp_path: Path, chance: random.Random
+) -> None:
+    """And nothing up to the cursor that is noted."""
+    database, config, path = each_database, tmp_path / "bridge.yaml", tmp_path / "events.jsonl"
+    database.execute(
+        "CREATE SCHEMA shop; CREATE TABLE shop.keyed (id int PRIMARY KEY, note text); "
+        "CREATE TABLE shop.keyless (id int, note text); ALTER TABLE shop.keyless REPLICA IDENTITY FULL;"
+        f"INSERT INTO shop.keyed SELECT n, repeat('x', 50) FROM generate_series(1, {ROWS}) AS n;"
+        "INSERT INTO shop.keyless SELECT * FROM shop.keyed"
+    )
+    config.write_text(SMALL % {"slot": database.slot, "directory": tmp_path})
+    (tmp_path / "sitecustomize.py").write_text(CHUNKS)
+    environment = {"LEGACY_DSN": database.dsn, "PYTHONPATH": str(tmp_path)}
+    initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
+    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60)
+    ends, noted, states = [0], list[int](), set[str]()
+    ours = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'figbridge%'"
+    query = "SELECT table_name, state, (cursor -> 'key' ->> 0)::int FROM figbridge.snapshot"
+    with Bridge(config, tmp_path / "log", environment=environment) as bridge:
+        for third in range(3):
+            enough = 1 + (third + chance.random()) * 0.6 * ROWS  # of twice as many
+            until(lambda: path.exists() and path.read_bytes().count(b"\n") > enough, 40, lambda: bridge.log[-2000:])  # noqa: B023
+            threading.Event().wait(chance.random() * 0.05)  # the random moment
+            bridge.end()
+            ends.append(_whole(path))
+            until(
+                lambda: not database.execute(ours), 20, "the server has noticed, and may have written the last cursor"
+            )
+            found = {table: (state, key) for table, state, key in database.execute(query)}
+            noted.append(found["keyed"][1] or 0)
+            states |= {state for state, _ in found.values()}
+            bridge.start()
+        until(lambda: {state for _, state, _ in database.execute(query)} == {"done"}, 40, lambda: bridge.log[-2000:])
+        _drained(database)
+        assert bridge.terminate() == 0
+    told = _lives(path, ends)
+    assert not repeats(told)
+    for number, reached in enumerate(noted, 1):
+        again = {it["after"]["id"] for life in told[number:] for it in life if it["table"] == "keyed"}
+        assert min(again, default=ROWS + 1) > reached, f"process {number} repeats what was noted before"
+    reads = [(it["table"], it["after"]["id"], it["position"]["commit_lsn"]) for life in told for it in life]
+    assert {(table, id_) for table, id_, _ in reads} == {
+        (table, id_) for table in ("keyed", "keyless") for id_ in range(1, ROWS + 1)
+    }
+    assert "running" in states, "no kill came while a table was read"
+    assert len({lsn for _, _, lsn in reads}) > 10, "the chunks were too large to prove anything"
