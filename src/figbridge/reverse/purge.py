@@ -21,11 +21,12 @@ _log = structlog.get_logger()
 _BATCH: Final = 5_000  # rows of one DELETE: some milliseconds of locks nobody else wants
 _BETWEEN: Final = 0.2  # seconds between two batches: the legacy application comes first
 _PAUSE: Final = 600.0  # seconds after the last one
-# FOR UPDATE SKIP LOCKED: the replicas share the work instead of waiting for each other
+# One replica at a time, and the others do not wait for it. An advisory lock and not FOR UPDATE SKIP LOCKED, which takes
+# the right to UPDATE; the inbox's keys are inserted and deleted, and nobody needs to alter them.
 _DELETE: Final = sql.SQL("""
-    DELETE FROM figbridge.{table} WHERE ctid = ANY (ARRAY(
-        SELECT ctid FROM figbridge.{table} WHERE {since} < now() - %s * interval '1 day' AND {condition}
-        LIMIT %s FOR UPDATE SKIP LOCKED))
+    DELETE FROM figbridge.{table}
+    WHERE (SELECT pg_try_advisory_xact_lock(hashtext('figbridge purge'), hashtext({name}))) AND ctid = ANY (ARRAY(
+        SELECT ctid FROM figbridge.{table} WHERE {since} < now() - %s * interval '1 day' AND {condition} LIMIT %s))
 """)
 
 
@@ -75,9 +76,15 @@ class Purge:
 
 
 def purge(dsn: str, kept: Kept) -> int:
-    """Delete one batch of rows that are old enough; how many. Raises as `legacy.connect`."""
+    """Delete one batch of rows that are old enough; how many, none while another replica does the same.
+
+    Raises as `legacy.connect`.
+    """
     query = _DELETE.format(
-        table=sql.Identifier(kept.table), since=sql.Identifier(kept.since), condition=sql.SQL(kept.condition)
+        table=sql.Identifier(kept.table),
+        name=sql.Literal(kept.table),
+        since=sql.Identifier(kept.since),
+        condition=sql.SQL(kept.condition),
     )
     with legacy.connect(dsn, purpose="purge", autocommit=True) as connection, legacy.translated():
         purged = connection.execute(query, [kept.days, _BATCH]).rowcount
