@@ -1,102 +1,43 @@
-"""The image, built and run as a sidecar beside a PostgreSQL on the host's network.
+"""The image, built and run: as a sidecar beside a PostgreSQL on the host's network, and as deploy/kubernetes has it."""
 
-The base image is FIGBRIDGE_BASE_IMAGE, else a local `figbridge-base` or python:*-slim; nothing is pulled.
-"""
-
-import functools
+import http.client
 import json
-import os
 import re
-import socket
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 
-from figbridge.demo.postgres import EmbeddedPostgres
+from figbridge.demo.postgres import EmbeddedPostgres, free_port
 from fixtures.clock import until
+from fixtures.container import ROOT, as_the_kubelet, bridge_in, build, docker, environment_of, manifests, resource
 from fixtures.postgres import Database
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.docker, pytest.mark.slow, pytest.mark.timeout(600)]
-# what the build may need to reach a package index, lent to it and not kept
-LENT = {"pip.conf": Path("/etc/pip.conf"), "ca-certificates": Path("/etc/ssl/certs/ca-certificates.crt")}
 CONFIG = """
 legacy: {dsn: "${LEGACY_DSN}", tables: [public.thing]}
 forward: {sink: {type: file, path: events.jsonl}}
 http: {listen: "${FIGBRIDGE_LISTEN}"}
 """
-
-
-ENVIRONMENT = {**os.environ, "DOCKER_BUILDKIT": "1"}
-
-
-@functools.cache
-def _client() -> str | None:
-    """A docker client that can build with BuildKit: one with buildx, or one from before it was a plug-in."""
-    for directory in os.get_exec_path():
-        client = str(Path(directory) / "docker")
-        if os.access(client, os.X_OK):
-            help_text = subprocess.run(
-                [client, "build", "--help"], capture_output=True, text=True, check=False, env=ENVIRONMENT
-            )
-            if "--secret" in help_text.stdout:
-                return client
-    return None
-
-
-def docker(*arguments: str, check: bool = True) -> str:
-    client = _client()
-    assert client
-    command = [client, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=560, env=ENVIRONMENT)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout.strip()
-
-
-def _base() -> str:
-    if not (client := _client()):
-        pytest.skip("no docker client here that builds with BuildKit (docker, and its plug-in buildx)")
-    probe = subprocess.run(
-        [client, "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=False
-    )
-    if probe.returncode:
-        pytest.skip(f"no Docker engine answers: {probe.stderr.strip()[-200:]}")
-    if given := os.environ.get("FIGBRIDGE_BASE_IMAGE"):
-        return given
-    images = docker("images", "--format", "{{.Repository}}:{{.Tag}}").splitlines()
-    for image in images:
-        if re.fullmatch(r"figbridge-base:\w+|(.*/)?python:3\.1[1-9]\S*-slim\S*", image):
-            return image
-    pytest.skip("no base image here: set FIGBRIDGE_BASE_IMAGE, or pull python:3.13-slim")
+FILE = "/etc/figbridge/bridge.yaml"
 
 
 @pytest.fixture(scope="module")
 def image() -> str:
-    base = _base()
-    pip_conf = os.environ.get("PIP_CONFIG_FILE")
-    lent = LENT | ({"pip.conf": Path(pip_conf)} if pip_conf and Path(pip_conf).is_file() else {})
-    secrets = [it for name, path in lent.items() if path.is_file() for it in ("--secret", f"id={name},src={path}")]
-    proxies = [it for name in os.environ if name.lower().endswith("_proxy") for it in ("--build-arg", name)]
-    docker(
-        "build", "--network", "host", "--build-arg", f"BASE_IMAGE={base}", *secrets, *proxies, "-t", "figbridge:test",
-        str(ROOT),
-    )  # fmt: skip
-    return "figbridge:test"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return build("figbridge:test")
 
 
 @pytest.fixture
 def database() -> Iterator[Database]:
     with EmbeddedPostgres() as server:
         yield Database(server, "postgres")
+
+
+def log(container: str) -> str:
+    return docker("logs", container, check=False)
 
 
 def test_the_image_runs_the_forward_path_as_a_sidecar(image: str, database: Database, tmp_path: Path) -> None:
@@ -107,32 +48,141 @@ def test_the_image_runs_the_forward_path_as_a_sidecar(image: str, database: Data
     data.chmod(0o777)  # the image's user is not ours
     tmp_path.chmod(0o755)
     name = f"figbridge-{uuid.uuid4().hex[:8]}"
+    environment = {"LEGACY_DSN": database.dsn, "FIGBRIDGE_LISTEN": f"127.0.0.1:{free_port()}"}
     common = [
-        "--network", "host", "-e", f"LEGACY_DSN={database.dsn}", "-e", f"FIGBRIDGE_LISTEN=127.0.0.1:{_free_port()}",
-        "-v", f"{config}:/etc/figbridge/bridge.yaml:ro", "-v", f"{data}:/var/lib/figbridge", "--read-only",
+        "--network", "host", *environment_of(environment), "-v", f"{config}:{FILE}:ro",
+        "-v", f"{data}:/var/lib/figbridge", "--read-only",
     ]  # fmt: skip
-    docker("run", "--rm", *common, image, "init", "-c", "/etc/figbridge/bridge.yaml")
+    docker("run", "--rm", *common, image, "init", "-c", FILE)
     docker("run", "-d", "--name", name, "--health-interval", "1s", *common, image)
     try:
         database.execute("INSERT INTO thing SELECT n FROM generate_series(1, 100) n")
         events = data / "events.jsonl"
 
-        def log() -> str:
-            return docker("logs", name, check=False)
-
         def ids() -> list[str]:
             return [json.loads(line)["id"] for line in events.read_bytes().splitlines()] if events.exists() else []
 
-        until(lambda: events.exists() and events.read_bytes().count(b"\n") == 100, 60, log)
+        until(lambda: len(ids()) == 100, 60, lambda: log(name))
         health = "{{.State.Health.Status}}"
-        until(lambda: docker("inspect", "-f", health, name) == "healthy", 60, log)
+        until(lambda: docker("inspect", "-f", health, name) == "healthy", 60, lambda: log(name))
         assert docker("exec", name, "id", "-u") != "0"
         docker("stop", "-t", "25", name)
         assert docker("inspect", "-f", "{{.State.ExitCode}}", name) == "0", "SIGTERM did not reach the bridge"
         # it said how far it came before it ended: the next one repeats nothing and misses nothing
         database.execute("INSERT INTO thing VALUES (101)")
         docker("start", name)
-        until(lambda: b'"id":101' in events.read_bytes(), 60, log)
+        until(lambda: b'"id":101' in events.read_bytes(), 60, lambda: log(name))
         assert len(ids()) == len(set(ids())) == 101
+    finally:
+        docker("rm", "-f", name, check=False)
+
+
+# --- Kubernetes: its manifests, with the network of this machine and the AWS of the emulator
+
+WORKLOADS = [("deployment", "Deployment", "figbridge"), ("sidecar", "StatefulSet", "legacy-postgres")]
+
+
+class Amazon:
+    """The emulator with the stack of deploy/cloudformation/bridge.yaml, and a consumer of what leaves."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.environment = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+        }
+        self._sqs = boto3.client("sqs", endpoint_url=endpoint)
+        self._events = boto3.client("events", endpoint_url=endpoint)
+        formation = boto3.client("cloudformation", endpoint_url=endpoint)
+        template = (ROOT / "deploy" / "cloudformation" / "bridge.yaml").read_text()
+        formation.create_stack(StackName="figbridge", TemplateBody=template, Capabilities=["CAPABILITY_IAM"])
+        (stack,) = formation.describe_stacks(StackName="figbridge")["Stacks"]
+        outputs = {it["OutputKey"]: it["OutputValue"] for it in stack["Outputs"]}
+        self.bus, self.environment["REVERSE_QUEUE"] = outputs["BusName"], outputs["QueueUrl"]
+        self._url = self._sqs.create_queue(QueueName="consumer")["QueueUrl"]
+        arn = self._sqs.get_queue_attributes(QueueUrl=self._url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        pattern = json.dumps({"source": [{"prefix": "legacy."}]})
+        self._events.put_rule(Name="consumer", EventBusName=self.bus, EventPattern=pattern)
+        self._events.put_targets(Rule="consumer", EventBusName=self.bus, Targets=[{"Id": "1", "Arn": arn}])
+
+    def publish(self, detail_type: str, detail: dict[str, object]) -> None:
+        text = json.dumps(detail)
+        result = self._events.put_events(
+            Entries=[{"EventBusName": self.bus, "Source": "shop.next", "DetailType": detail_type, "Detail": text}]
+        )
+        assert result["FailedEntryCount"] == 0
+
+    def consume(self) -> list[str]:
+        """The detail-types of the events that have left since the last call."""
+        taken: list[str] = []
+        while messages := self._sqs.receive_message(QueueUrl=self._url, MaxNumberOfMessages=10).get("Messages"):
+            for it in messages:
+                self._sqs.delete_message(QueueUrl=self._url, ReceiptHandle=it["ReceiptHandle"])
+                taken.append(json.loads(it["Body"])["detail-type"])
+        return taken
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    except OSError as error:
+        return 0, str(error)
+    finally:
+        connection.close()
+
+
+@pytest.mark.filterwarnings("ignore:Tried to parse AWS..SQS..QueuePolicy:UserWarning")
+@pytest.mark.parametrize("workload", WORKLOADS, ids=[manifest for manifest, _, _ in WORKLOADS])
+def test_the_image_runs_both_directions_as_kubernetes_would(
+    image: str, workload: tuple[str, str, str], database: Database, aws_endpoint: str, tmp_path: Path
+) -> None:
+    manifest, kind, workload_name = workload
+    documents, amazon, port = manifests("configuration"), Amazon(aws_endpoint), free_port()
+    (tmp_path / "bridge.yaml").write_text(resource(documents, "ConfigMap")["data"]["bridge.yaml"])
+    tmp_path.chmod(0o755)
+    bridge = bridge_in(resource(manifests(manifest), kind, workload_name))
+    job = bridge_in(resource(documents, "Job", "figbridge-init"))
+    network = ["--network", "host", "--add-host", "legacy-postgres:127.0.0.1"]
+    network += environment_of({"PGPORT": str(conninfo_to_dict(database.dsn)["port"])})
+    here = environment_of({"FIGBRIDGE_LISTEN": f"127.0.0.1:{port}", **amazon.environment})
+    options = [*as_the_kubelet(bridge, documents, tmp_path), *network, *here]
+    database.execute("CREATE DATABASE shop")
+    shop = Database(database.server, "shop")
+    shop.execute("CREATE SCHEMA shop")
+    shop.execute("CREATE TABLE shop.orders (id int PRIMARY KEY, status text)")
+    shop.execute("CREATE TABLE shop.widgets (id int PRIMARY KEY)")
+
+    # with the role that owns the tables; then the rights that a role needs which owns nothing
+    docker("run", "--rm", *as_the_kubelet(job, documents, tmp_path), *network, image, *job["args"])
+    script = docker("run", "--rm", *options, image, "init", "--print-sql", "-c", FILE)
+    for line in re.findall(r"^-- ((?:CREATE ROLE|GRANT) .*;)$", script, re.MULTILINE):
+        shop.execute(line)
+    docker("run", "--rm", *options, image, "check", "-c", FILE)
+    name = f"figbridge-{uuid.uuid4().hex[:8]}"
+    docker("run", "-d", "--name", name, *options, image)
+    try:
+        until(lambda: get(port, bridge["livenessProbe"]["httpGet"]["path"])[0] == 200, 60, lambda: log(name))
+        until(lambda: get(port, "/readyz")[0] == 200, 60, lambda: log(name))
+        shop.execute("INSERT INTO shop.orders VALUES (1, 'new')")
+        amazon.publish("order.status-changed", {"order_id": 1, "status": "paid", "change_id": "c1"})
+        status = "SELECT status FROM shop.orders WHERE id = 1"
+        until(lambda: shop.execute(status) == [("paid",)], 60, lambda: log(name))
+        shop.execute("DELETE FROM shop.orders")
+        left: list[str] = []
+
+        def deleted() -> bool:
+            left.extend(amazon.consume())
+            return "orders.deleted" in left
+
+        until(deleted, 60, lambda: log(name))
+        assert left == ["orders.inserted", "orders.deleted"]  # what came from the new system did not go back to it
+        metrics = get(port, "/metrics")[1]
+        assert 'figbridge_reverse_events_total{outcome="applied"' in metrics
+        assert 'figbridge_ready{part="reverse"} 1.0' in metrics
+        docker("stop", "-t", "25", name)
+        assert docker("inspect", "-f", "{{.State.ExitCode}}", name) == "0", log(name)
     finally:
         docker("rm", "-f", name, check=False)

@@ -227,15 +227,38 @@ def test_the_slot_is_never_made_by_a_restart() -> None:
     assert "command" not in compose["services"]["figbridge"]
 
 
-def test_the_config_map_is_a_configuration_that_needs_what_the_secret_holds() -> None:
-    documents = {document["kind"]: document for document in load(DEPLOY / "kubernetes" / "configuration.yaml")}
-    text, secret = documents["ConfigMap"]["data"]["bridge.yaml"], documents["Secret"]["stringData"]
+@pytest.mark.parametrize("pod", [pod for _, pod in PODS], ids=[name for name, _ in PODS])
+def test_a_pod_has_what_the_file_in_the_config_map_names(pod: dict[str, Any]) -> None:
+    documents = load(DEPLOY / "kubernetes" / "configuration.yaml")
+    (text,) = [it["data"]["bridge.yaml"] for it in documents if it["kind"] == "ConfigMap"]
+    secrets = {it["metadata"]["name"]: it["stringData"] for it in documents if it["kind"] == "Secret"}
+    container = _container(pod)
+    given = {name: value for it in container["envFrom"] for name, value in secrets[it["secretRef"]["name"]].items()}
+    given |= {it["name"]: it["value"] for it in container["env"]}
 
-    config = Config.parse(text, {**secret, "FIGBRIDGE_LISTEN": "0.0.0.0:9464"})
+    config = Config.parse(text, given)
 
     assert config.forward
     assert config.reverse
-    assert set(re.findall(r"\$\{(\w+)", text)) == {*secret, "FIGBRIDGE_LISTEN"}
+    # libpq takes the password from the environment, so a DSN can be read by everybody
+    assert given.keys() == {*re.findall(r"\$\{(\w+)", text), "PGPASSWORD"}
+    assert "password" not in given["LEGACY_DSN"]
+
+
+def test_init_has_another_role_and_reaches_the_server_from_a_pod_of_its_own() -> None:
+    dsn = {name: {it["name"]: it["value"] for it in _container(pod)["env"]}["LEGACY_DSN"].split() for name, pod in PODS}
+
+    assert "user=figbridge" in dsn["deployment/Deployment"]
+    assert "user=figbridge" in dsn["sidecar/StatefulSet"]
+    assert "user=figbridge" not in dsn["configuration/Job"]
+    assert [name for name, words in dsn.items() if "host=127.0.0.1" in words] == ["sidecar/StatefulSet"]
+
+
+def test_the_account_of_the_pods_exists() -> None:
+    documents = load(DEPLOY / "kubernetes" / "configuration.yaml")
+    accounts = {it["metadata"]["name"] for it in documents if it["kind"] == "ServiceAccount"}
+
+    assert {pod["serviceAccountName"] for _, pod in RUNNING} == accounts
 
 
 def test_compose_runs_a_configuration_and_gives_the_bridge_time_to_end() -> None:
