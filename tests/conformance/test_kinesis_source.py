@@ -25,6 +25,7 @@ from figbridge.transports.kinesis_source import KinesisSource
 from fixtures.clock import until
 from fixtures.fake_aws import refuse
 from fixtures.fake_kinesis import NAME, FakeKinesis
+from fixtures.kpl import aggregated
 from fixtures.postgres import Database
 from fixtures.reverse import count, make_shop
 
@@ -296,6 +297,64 @@ def test_an_old_checkpoint_is_loud(fake: FakeKinesis, database: Database) -> Non
     assert [line["log_level"] for line in logs if "older than" in line["event"]] == ["error"]
 
 
+def test_an_aggregated_record_is_done_with_its_last_part(fake: FakeKinesis, database: Database) -> None:
+    """What a checkpoint inside of it would say, only the whole of it says: nothing in it is skipped."""
+    for data in (b"0", aggregated(b"1", b"2", b"3"), b"4", aggregated(b"5")):
+        fake.put("k", data)
+    bodies = [b"0", b"1", b"2", b"3", b"4", b"5"]
+    for settled, again in ((3, 1), (2, 1), (3, 4), (0, 4), (1, 5)):
+        source = opened(fake, database)
+        held = take(source, len(bodies))
+        assert [it.body for it in held] == bodies
+        source.acknowledge(held[:settled])
+        source.close()  # whether it ends like this or by a kill: the checkpoint is what was acknowledged
+        bodies = [b"0", b"1", b"2", b"3", b"4", b"5"][again:]
+    source = opened(fake, database)
+    source.acknowledge(take(source, 1))
+    assert not source.receive(wait=0.6)
+    source.close()
+
+
+def test_parts_that_are_settled_in_another_order(fake: FakeKinesis, database: Database) -> None:
+    fake.put("k", aggregated(b"1", b"2", b"3"))
+    source = opened(fake, database)
+    first, second, third = take(source, 3)
+    third.ack()
+    first.ack()
+    second.nack()
+    (second,) = take(source, 1)
+    assert (second.body, second.attempts) == (b"2", 2)
+    done = "SELECT count(*) FROM figbridge.stream_shard WHERE checkpoint <> ''"
+    assert database.execute(done) == [(0,)]
+    second.ack()
+    assert database.execute(done) == [(1,)]
+    source.close()
+
+
+def test_aggregated_records_are_handed_out_in_portions(fake: FakeKinesis, database: Database) -> None:
+    """A shard that is closed by now is not at its end while some of what was fetched waits to be handed out."""
+    bodies = [b"%d" % number for number in range(6000)]
+    for begin in range(0, 6000, 600):
+        shard = fake.put("k", aggregated(*bodies[begin : begin + 600]))
+    fake.split(shard)
+    fake.put("k", b"child")
+    source = opened(fake, database)
+    portions: list[int] = []
+    found: list[bytes] = []
+    while len(found) < 6001:
+        held = source.receive(wait=2)
+        assert held, f"{len(found)} came, and then none"
+        portions.append(len(held))
+        found += [it.body for it in held]
+        source.acknowledge(held)
+    assert found == [*bodies, b"child"]
+    assert max(portions) <= 1200
+    unsettled = opened(fake, database)
+    source.close()
+    assert not unsettled.receive(wait=0.6)
+    unsettled.close()
+
+
 def test_what_the_sink_writes_becomes_rows(fake: FakeKinesis, database: Database, aws_endpoint: str) -> None:
     """The whole path over three replicas, with a resharding in between; each event once."""
     client: Any = boto3.client("kinesis", endpoint_url=aws_endpoint)
@@ -341,12 +400,26 @@ def test_what_the_sink_writes_becomes_rows(fake: FakeKinesis, database: Database
         body = {"id": f"e{number}", "source": "shop.next", "detail-type": "order"}
         body |= {"detail": {"id": number % 30, "status": str(number)}}  # type: ignore[dict-item]
         fake.put(f"order-{number % 30}", json.dumps(body).encode())
-    until(lambda: count(database, "figbridge.inbox") == 301, 60)
+    # from a producer of Amazon's library, and one of those records a second time, where it was damaged on the way
+    bodies = [
+        json.dumps(
+            {"id": f"kpl-{n}", "source": "shop.next", "detail-type": "order", "detail": {"id": 2000 + n}}
+        ).encode()
+        for n in range(3)
+    ]
+    fake.put("kpl", aggregated(*bodies))
+    fake.put("kpl", damaged := aggregated(*bodies)[:-1])
+    until(lambda: count(database, "figbridge.inbox") == 304, 60)
+    until(lambda: count(database, "figbridge.dead_letter") == 1, 20)
     stop.set()
     for thread in threads:
         thread.join(20)
     found = database.execute("SELECT id, status FROM shop.orders ORDER BY id")
-    assert found == [*((n, str(270 + n)) for n in range(30)), (1000, "by the sink")]
+    made = [(n, str(270 + n)) for n in range(30)]
+    assert found == [*made, (1000, "by the sink"), (2000, None), (2001, None), (2002, None)]
+    ((body, message),) = database.execute("SELECT body, message FROM figbridge.dead_letter")
+    assert bytes(body) == damaged
+    assert "JSON" in message, message
     assert database.execute("SELECT count(*) FROM figbridge.stream_shard WHERE holder IS NOT NULL") == [(0,)]
 
 

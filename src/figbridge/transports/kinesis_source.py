@@ -1,11 +1,12 @@
 """A Kinesis data stream as a source: https://docs.aws.amazon.com/streams/latest/dev/developing-consumers-with-sdk.html
 
-A record is what figbridge's own sink writes, or anything else that `figbridge.reverse.message` takes. Records that the
-Kinesis Producer Library has aggregated are not taken apart.
+A record is what figbridge's own sink writes, or anything else that `figbridge.reverse.message` takes. Those that the
+Kinesis Producer Library has aggregated are taken apart (`kpl`); each record in them is a delivery of its own.
 
-INVARIANT. The checkpoint of a shard stands behind a record only when that one and all before it are acknowledged, which
-is after their transaction has committed. What was read beyond comes again after a crash, and is a duplicate then; the
-inbox must know keys for longer than the stream keeps records, if somebody sets a checkpoint back.
+INVARIANT. The checkpoint of a shard stands behind a record only when that one, to the last one in it, and all before it
+are acknowledged, which is after their transaction has committed. What was read beyond comes again after a crash, and is
+a duplicate then, as is the beginning of an aggregated record that was half done; the inbox must know keys for longer
+than the stream keeps records, if somebody sets a checkpoint back.
 
 `shards` shares the shards among replicas and keeps the order through a resharding. An iterator that has expired is made
 anew behind what was read last; a shard that is read too fast waits a little, and the others go on.
@@ -27,7 +28,7 @@ import structlog
 
 from figbridge.config import KinesisSourceSection
 from figbridge.errors import BridgeError, QueueError, QueueUnavailable
-from figbridge.transports import Delivery, aws
+from figbridge.transports import Delivery, aws, kpl
 from figbridge.transports.shards import Lease, Leases
 
 _log = structlog.get_logger()
@@ -50,9 +51,10 @@ class _Shard:
     def __init__(self, lease: Lease) -> None:
         self.id = lease.shard
         self.since = lease.since
-        self.read = lease.checkpoint  # the sequence number of the last record that was handed out
+        self.read = lease.checkpoint  # the sequence number of the last record that was fetched
         self.done = self.written = lease.checkpoint  # … that is done with all before it; and that the table says so of
         self.iterator: str | None = None
+        self.fetched: deque[tuple[str, bytes]] = deque()  # sequence numbers and records, not handed out yet
         self.pending: deque[KinesisDelivery] = deque()
         self.exhausted = False
         self.due = 0.0
@@ -87,7 +89,8 @@ class KinesisSource:
             found = self._released()
             for shard in list(self._shards.values()):
                 if len(found) < _ENOUGH and self._may_read(shard):
-                    found += self._read(shard)
+                    self._read(shard)
+                found += self._unpacked(shard, _ENOUGH - len(found))
             left = end - time.monotonic()
             if found or left <= 0 or self._closed.wait(min(left, self._until_due())):
                 return found
@@ -99,7 +102,9 @@ class KinesisSource:
                 delivery.done = True
         for shard in self._shards.values():
             while shard.pending and shard.pending[0].done:
-                shard.done = shard.pending.popleft().sequence
+                delivery = shard.pending.popleft()
+                if delivery.ends:
+                    shard.done = delivery.sequence
         moved = {it.id: it.done for it in self._shards.values() if it.done is not None and it.done != it.written}
         if moved and self._leases:
             ours = self._leases.checkpoint(moved)
@@ -172,7 +177,7 @@ class KinesisSource:
         _log.info("a shard is another one's now", shard=shard_id, unacknowledged=len(shard.pending))
 
     def _end_exhausted(self) -> None:
-        ended = [it.id for it in self._shards.values() if it.exhausted and not it.pending]
+        ended = [it.id for it in self._shards.values() if it.exhausted and not (it.fetched or it.pending)]
         if ended and self._leases:
             self._leases.end(ended)
             for shard_id in ended:
@@ -186,14 +191,15 @@ class KinesisSource:
         return ready
 
     def _may_read(self, shard: _Shard) -> bool:
-        return not shard.exhausted and len(shard.pending) < _MOST and shard.due <= time.monotonic()
+        room = not shard.fetched and len(shard.pending) < _MOST
+        return not shard.exhausted and room and shard.due <= time.monotonic()
 
     def _until_due(self) -> float:
         times = [self._look_at, *(at for at, _ in self._again)]
         times += [it.due for it in self._shards.values() if not it.exhausted and len(it.pending) < _MOST]
         return max(0.01, min(times) - time.monotonic())
 
-    def _read(self, shard: _Shard) -> list["KinesisDelivery"]:
+    def _read(self, shard: _Shard) -> None:
         try:
             if shard.iterator is None:
                 shard.iterator = self._iterator(shard)
@@ -205,19 +211,28 @@ class KinesisSource:
                 shard.due = time.monotonic() + _THROTTLED
             else:  # ResourceNotFoundException: it went since it was listed, which the next list says
                 self._look_at, shard.due = 0.0, time.monotonic() + _THROTTLED
-            return []
-        records = answer["Records"]
-        deliveries = [KinesisDelivery(self, shard.id, it["SequenceNumber"], it["Data"]) for it in records]
-        shard.pending.extend(deliveries)
-        if deliveries:
-            shard.read = deliveries[-1].sequence
+            return
+        shard.fetched.extend((it["SequenceNumber"], it["Data"]) for it in answer["Records"])
+        if shard.fetched:
+            shard.read = shard.fetched[-1][0]
         shard.iterator = answer.get("NextShardIterator")
         shard.exhausted = shard.iterator is None  # closed by a resharding, and read to its end
         more = answer.get("MillisBehindLatest", 0) > 0
         shard.due = time.monotonic() + (_PACE if more else _IDLE)
         if shard.exhausted:
             self._end_exhausted()
-        return deliveries
+
+    def _unpacked(self, shard: _Shard, most: int) -> list["KinesisDelivery"]:
+        """The next records of what was fetched; `most` and the rest of an aggregated one, which is handed out whole."""
+        found: list[KinesisDelivery] = []
+        while shard.fetched and len(found) < most and len(shard.pending) < _MOST:
+            sequence, data = shard.fetched.popleft()
+            bodies = kpl.user_records(data)
+            deliveries = [KinesisDelivery(self, shard.id, sequence, it) for it in bodies]
+            deliveries[-1].ends = True
+            shard.pending.extend(deliveries)
+            found += deliveries
+        return found
 
     def _iterator(self, shard: _Shard) -> str:
         start: dict[str, Any] = {"ShardIteratorType": "TRIM_HORIZON"}
@@ -285,9 +300,9 @@ class _Answered(Exception):
 
 
 class KinesisDelivery:
-    """A record. See `figbridge.transports.Delivery`."""
+    """A record, or one of those in an aggregated record. See `figbridge.transports.Delivery`."""
 
-    __slots__ = ("_source", "attempts", "body", "done", "sequence", "shard")
+    __slots__ = ("_source", "attempts", "body", "done", "ends", "sequence", "shard")
     lost = False  # see `figbridge.transports.shards`
 
     def __init__(self, source: KinesisSource, shard: str, sequence: str, body: bytes) -> None:
@@ -297,6 +312,7 @@ class KinesisDelivery:
         self.body = body
         self.attempts = 1  # in this process: the stream does not count
         self.done = False
+        self.ends = False  # it is the last one of the stream's record
 
     def ack(self) -> None:
         """See `Delivery.ack`."""
