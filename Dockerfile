@@ -6,6 +6,10 @@
 #   docker build --secret id=pip.conf,src=/etc/pip.conf \
 #                --secret id=ca-certificates,src=/etc/ssl/certs/ca-certificates.crt -t figbridge .
 # (HTTP_PROXY and its siblings are build arguments that Docker knows by itself.) Needs BuildKit, the default since 23.
+#
+# What a configuration needs beyond the bridge goes in here, for the image has no pip: extras of figbridge, and packages
+# with sinks, sources or statements of your own (docs/plugins.md), from the index of pip.conf:
+#   docker build --build-arg EXTRAS=crt --build-arg PACKAGES="acme-figbridge==1.2 acme-loyalty==3.0" -t figbridge .
 
 ARG BASE_IMAGE=python:3.13-slim
 
@@ -19,13 +23,15 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=cache,target=/root/.cache/pip \
     /opt/pip/bin/pip --disable-pip-version-check wheel --no-deps --wheel-dir /wheel .
 COPY deploy/constraints.txt ./
+ARG EXTRAS=""
+ARG PACKAGES=""
 # --without-pip: what cannot install packages cannot be made to. The pip beside it fills the venv from outside.
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca-certificates,target=/etc/ssl/certs/ca-certificates.crt \
     --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv --without-pip /opt/figbridge \
     && /opt/pip/bin/pip --disable-pip-version-check --python /opt/figbridge/bin/python \
-       install --only-binary :all: -c constraints.txt /wheel/*.whl \
+       install --only-binary :all: -c constraints.txt "$(echo /wheel/*.whl)${EXTRAS:+[$EXTRAS]}" $PACKAGES \
     && /opt/figbridge/bin/figbridge --help > /dev/null
 
 FROM ${BASE_IMAGE}
@@ -34,8 +40,9 @@ LABEL org.opencontainers.image.title="figbridge" \
       org.opencontainers.image.licenses="Apache-2.0"
 # A name for the number: libpq looks the user up when the DSN names none. /var/lib/figbridge is the only place that
 # is written to: what a file or local sink and file dead letters with relative paths use. Mount storage there.
+# Group 0 may write there too: some platforms (OpenShift) run an image under a number of their own, in that group.
 RUN useradd --uid 10001 --user-group --no-create-home --home-dir /var/lib/figbridge --shell /usr/sbin/nologin figbridge \
-    && install --directory --owner=10001 --group=10001 --mode=0750 /var/lib/figbridge
+    && install --directory --owner=10001 --group=0 --mode=0770 /var/lib/figbridge
 # The same path as in the build stage: a venv's scripts name their interpreter by its full path.
 COPY --from=build /opt/figbridge /opt/figbridge
 ENV PATH=/opt/figbridge/bin:$PATH \

@@ -77,6 +77,15 @@ def test_the_image_runs_the_forward_path_as_a_sidecar(image: str, database: Data
         docker("rm", "-f", name, check=False)
 
 
+def test_what_a_configuration_needs_beyond_the_bridge_is_built_in(image: str) -> None:
+    extended = build(f"{image}-extended", EXTRAS="crt", PACKAGES="idna attrs")
+
+    docker("run", "--rm", "--entrypoint", "python3", extended, "-c", "import awscrt, idna, attrs")
+
+    # under any number, in group 0, as OpenShift runs it
+    docker("run", "--rm", "--user", "1000650000:0", "--entrypoint", "touch", image, "/var/lib/figbridge/events.jsonl")
+
+
 # --- Kubernetes: its manifests, with the network of this machine and the AWS of the emulator
 
 WORKLOADS = [("deployment", "Deployment", "figbridge"), ("sidecar", "StatefulSet", "legacy-postgres")]
@@ -140,7 +149,8 @@ def test_the_image_runs_both_directions_as_kubernetes_would(
     image: str, workload: tuple[str, str, str], database: Database, aws_endpoint: str, tmp_path: Path
 ) -> None:
     manifest, kind, workload_name = workload
-    documents, amazon, port = manifests("configuration"), Amazon(aws_endpoint), free_port()
+    documents = [*manifests("configuration"), *manifests("init")]
+    amazon, port = Amazon(aws_endpoint), free_port()
     (tmp_path / "bridge.yaml").write_text(resource(documents, "ConfigMap")["data"]["bridge.yaml"])
     tmp_path.chmod(0o755)
     bridge = bridge_in(resource(manifests(manifest), kind, workload_name))
@@ -166,6 +176,7 @@ def test_the_image_runs_both_directions_as_kubernetes_would(
     try:
         until(lambda: get(port, bridge["livenessProbe"]["httpGet"]["path"])[0] == 200, 60, lambda: log(name))
         until(lambda: get(port, "/readyz")[0] == 200, 60, lambda: log(name))
+        docker("exec", name, "figbridge", "check", "-c", FILE)  # as `kubectl exec` does, beside the bridge at work
         shop.execute("INSERT INTO shop.orders VALUES (1, 'new')")
         amazon.publish("order.status-changed", {"order_id": 1, "status": "paid", "change_id": "c1"})
         status = "SELECT status FROM shop.orders WHERE id = 1"

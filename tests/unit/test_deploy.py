@@ -195,7 +195,7 @@ def _container(pod: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_the_bridge_stands_in_every_kind_of_pod() -> None:
-    assert [name for name, _ in PODS] == ["configuration/Job", "deployment/Deployment", "sidecar/StatefulSet"]
+    assert [name for name, _ in PODS] == ["deployment/Deployment", "init/Job", "sidecar/StatefulSet"]
 
 
 @pytest.mark.parametrize("pod", [pod for _, pod in PODS], ids=[name for name, _ in PODS])
@@ -246,7 +246,7 @@ def test_the_slot_is_never_made_by_a_restart() -> None:
 
 @pytest.mark.parametrize("pod", [pod for _, pod in PODS], ids=[name for name, _ in PODS])
 def test_a_pod_has_what_the_file_in_the_config_map_names(pod: dict[str, Any]) -> None:
-    documents = load(DEPLOY / "kubernetes" / "configuration.yaml")
+    documents = [it for name in ("configuration", "init") for it in load(DEPLOY / "kubernetes" / f"{name}.yaml")]
     (text,) = [it["data"]["bridge.yaml"] for it in documents if it["kind"] == "ConfigMap"]
     secrets = {it["metadata"]["name"]: it["stringData"] for it in documents if it["kind"] == "Secret"}
     container = _container(pod)
@@ -267,7 +267,7 @@ def test_init_has_another_role_and_reaches_the_server_from_a_pod_of_its_own() ->
 
     assert "user=figbridge" in dsn["deployment/Deployment"]
     assert "user=figbridge" in dsn["sidecar/StatefulSet"]
-    assert "user=figbridge" not in dsn["configuration/Job"]
+    assert "user=figbridge" not in dsn["init/Job"]
     assert [name for name, words in dsn.items() if "host=127.0.0.1" in words] == ["sidecar/StatefulSet"]
 
 
