@@ -133,6 +133,19 @@ def test_acknowledged_in_any_order_leaves_no_hole(sink: LocalSink, path: Path) -
         assert connection.execute("SELECT count(*) FROM delivery").fetchone() == (0,)
 
 
+def test_many_at_once_are_those_and_not_what_lies_between(sink: LocalSink, path: Path) -> None:
+    sink.publish([event(n) for n in range(1, 8)])
+    with subscribed(path) as source:
+        first, second, third, *rest = take(source, 7)
+        third.nack(delay=0.0)
+        source.acknowledge([first, *rest[:2], rest[3]])  # not the second, the third, nor the one before the last
+        assert numbers([it.body for it in source.receive(wait=0)]) == [3]
+        source.acknowledge([second, rest[0]])  # one of them a second time
+    with subscribed(path) as source:
+        assert numbers([it.body for it in source.receive(wait=0)]) == [3, 6]
+        assert source.receive(wait=0) == ()
+
+
 def test_what_is_repeated_comes_before_what_is_new(sink: LocalSink, path: Path) -> None:
     sink.publish([event(n) for n in range(3)])
     with subscribed(path) as source:

@@ -33,6 +33,7 @@ _STRIDE = 1_000  # passed-over events after which the frontier is written althou
 # written in place. `PRAGMA data_version` says in microseconds, without reading a table, whether another connection
 # committed: https://www.sqlite.org/pragma.html#pragma_data_version
 _POLL = 0.02  # seconds between two looks
+_SPAN: Final = "FROM delivery WHERE subscriber = ? AND seq BETWEEN ? AND ?"
 
 
 class LocalSink:
@@ -138,12 +139,21 @@ class LocalSource:
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """See `Source.acknowledge`; in one transaction."""
-        numbers = [delivery.seq for delivery in deliveries if isinstance(delivery, _LocalDelivery)]
+        numbers = {delivery.seq for delivery in deliveries if isinstance(delivery, _LocalDelivery)}
+        if not numbers:
+            return
+        span = (self._subscriber, min(numbers), max(numbers))
         with self._bus.transaction() as connection:
-            connection.executemany(
-                "DELETE FROM delivery WHERE subscriber = ? AND seq = ?", [(self._subscriber, seq) for seq in numbers]
-            )
-        self._held.difference_update(numbers)
+            # nearly always they are all that there is from the first to the last: one statement, not one for each
+            among = connection.execute(f"SELECT count(*) {_SPAN}", span).fetchone()[0]
+            if among == len(numbers) and numbers <= self._held:
+                connection.execute(f"DELETE {_SPAN}", span)
+            else:
+                connection.executemany(
+                    "DELETE FROM delivery WHERE subscriber = ? AND seq = ?",
+                    [(self._subscriber, seq) for seq in numbers],
+                )
+        self._held -= numbers
 
     def close(self) -> None:
         """Close the file; what is not settled is handed out again after the next start."""
@@ -160,6 +170,9 @@ class LocalSource:
 
     def _repeats(self, connection: sqlite3.Connection, most: int) -> list[tuple[int, int]]:
         """(seq, attempts) of what was handed out before and is due again."""
+        there = connection.execute("SELECT count(*) FROM delivery WHERE subscriber = ?", [self._subscriber]).fetchone()
+        if there[0] == len(self._held):  # each of those has its row
+            return []
         rows = connection.execute(
             "SELECT seq, attempts FROM delivery WHERE subscriber = ? AND not_before <= ? ORDER BY seq",
             [self._subscriber, time.time()],
@@ -184,19 +197,24 @@ class LocalSource:
         elif fresh:
             reached = fresh[-1][0]
         if repeats or fresh or reached - frontier >= _STRIDE:
-            self._record([seq for seq, *_ in repeats], [seq for seq, *_ in fresh], reached)
+            self._record([seq for seq, *_ in repeats], fresh[-1][0] if fresh else frontier, reached)
         found = [*repeats, *fresh]
-        self._held.update(seq for seq, *_ in found)
+        self._held.update([seq for seq, *_ in found])
         return [_LocalDelivery(self, seq, attempts + 1, body) for seq, attempts, body in found]
 
-    def _record(self, repeats: Sequence[int], fresh: Sequence[int], frontier: int) -> None:
+    def _record(self, repeats: Sequence[int], last: int, frontier: int) -> None:
+        """Write that `repeats` are handed out again, and for the first time what is ours up to `last`."""
         name = self._subscriber
         with self._bus.transaction() as connection:
             connection.executemany(
                 "UPDATE delivery SET attempts = attempts + 1 WHERE subscriber = ? AND seq = ?",
                 [(name, seq) for seq in repeats],
             )
-            connection.executemany("INSERT INTO delivery VALUES (?, ?, 1, 0)", [(name, seq) for seq in fresh])
+            connection.execute(
+                # only placeholders are put together; what was read in this span is still all that is in it
+                f"INSERT INTO delivery SELECT ?, seq, 1, 0 FROM event WHERE seq > ? AND seq <= ? {self._filter}",  # noqa: S608
+                [name, self._frontier, last, *self._arguments],
+            )
             connection.execute("UPDATE subscriber SET frontier = ? WHERE name = ?", [frontier, name])
         self._frontier = frontier
 
