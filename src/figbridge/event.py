@@ -138,6 +138,14 @@ class Lines(Sequence[Event]):
         """`Event.envelope` of each, with a line break behind it."""
 
 
+class Named(NamedTuple):
+    """What is kept of an event on its way in once its statements are made. See `Received`."""
+
+    id: str
+    source: str
+    detail_type: str
+
+
 class Received(NamedTuple):
     """One event on its way in, parsed but not interpreted.
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -17,7 +18,8 @@ from figbridge.reverse.apply import Applier
 from figbridge.reverse.consume import Consumer
 from figbridge.reverse.express import Hope
 from figbridge.reverse.mapping import Mapping, Mappings, Work
-from figbridge.reverse.outcome import DELETE_MISSING, STALE_VERSION, Applied, Outcome
+from figbridge.reverse.outcome import DELETE_MISSING, ROW_WAITS, STALE_VERSION, Applied, Outcome
+from figbridge.reverse.park import Park
 from fixtures.postgres import Database
 from fixtures.reverse import COLUMNS, KIND, body, count, make_shop, mapping, orders, work
 from fixtures.scripted import ScriptedSource
@@ -177,6 +179,42 @@ def test_what_is_delivered_again_is_not_tried_in_hope(shop: Database, attempts: 
     Consumer(source, Mappings([section]), ours, letters, Metrics(), park_timeout=60).run(stop)
     assert orders(shop) == [(1, "new")]
     assert ["BEGIN" in statements for statements in seen] == [attempts == 1]
+
+
+def test_a_parcel_is_sent_for_those_works_alone(shop: Database, applier: Applier) -> None:
+    made = works(versioned(), range(4), v=1, status="made")
+    parcel = applier.parcel(made, alone=True)
+    assert parcel is not None
+    assert set(applier.apply_all(made[1:], parcel=parcel)) == set(made[1:]), "the first one was lost meanwhile"
+    assert [number for number, _ in orders(shop)] == [1, 2, 3]
+    assert statements_of(applier) == {"BEGIN", "SELECT", "INSERT"}
+    again = made + made[:1]
+    assert applier.parcel(again, alone=True) is None, "a key comes twice: the second one is a duplicate"
+
+
+def test_a_parcel_made_before_another_event_was_parked_overtakes_nothing(shop: Database, applier: Applier) -> None:
+    made = works(versioned(), range(3), v=2, status="second")
+    parcel = applier.parcel(made, alone=True)
+    first = work(versioned("update"), "first", id=1, v=1, status="first")
+    Park(applier.connection, timeout=60).add([(first, Applied(Outcome.RETRY, "55P03"), b"{}")])
+    outcomes = applier.apply_all(made, parcel=parcel)
+    assert [outcomes[it].reason for it in made] == ["", ROW_WAITS, ""]
+    assert [number for number, _ in orders(shop)] == [0, 2]
+    others = works(versioned(), range(5, 9), v=1, status="others")
+    assert set(applier.apply_all(others, parcel=applier.parcel(others, alone=False)).values()) == {DONE}
+
+
+def test_the_claim_tells_sources_and_ids_apart(shop: Database, applier: Applier) -> None:
+    """What all events have in common is sent once; these have nothing in common."""
+    keyed = mapping(idempotency_key="detail.key")
+    one = work(keyed, "id-1", id=1, key="key-1", status="one")
+    two = replace(work(keyed, "id-2", id=2, key="key-1", status="two"), identity=("another", "key-1"))
+    assert set(applier.apply_all([one, two]).values()) == {DONE}
+    rows = shop.execute("SELECT source, idempotency_key, event_id, payload_hash FROM figbridge.inbox ORDER BY event_id")
+    assert rows == [
+        (*one.identity, "id-1", one.payload_hash),
+        (*two.identity, "id-2", two.payload_hash),
+    ]
 
 
 def test_hope_comes_back_more_and_more_slowly() -> None:

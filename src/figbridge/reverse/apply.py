@@ -105,7 +105,12 @@ class Applier:
             return self._judged(work, suspects)
 
     def apply_all(
-        self, works: Sequence[Work], may_commit: Callable[[], None] = lambda: None, *, hopeful: bool = True
+        self,
+        works: Sequence[Work],
+        may_commit: Callable[[], None] = lambda: None,
+        *,
+        hopeful: bool = True,
+        parcel: express.Parcel | None = None,
     ) -> dict[Work, Applied]:
         """Apply `works`, in their order for each entity; what became of each.
 
@@ -115,14 +120,24 @@ class Applier:
         when the inbox itself cannot be written, which no event is to blame for.
 
         `may_commit` is called before each COMMIT; what it raises rolls back instead. `hopeful`: none of them has come
-        before, as far as anybody knows.
+        before, as far as anybody knows. `parcel` is of `parcel`, for about these works.
         """
         self._may_commit = may_commit
         outcomes: dict[Work, Applied] = {}
-        for batch in _without_repeated_keys(works):
-            if not (hopeful and self._express(batch, outcomes)):
+        batches = [works] if parcel and parcel.works == works else _without_repeated_keys(works)
+        for batch in batches:
+            if not (hopeful and self._express(batch, outcomes, parcel)):
                 self._solve(batch, outcomes)
         return outcomes
+
+    def parcel(self, works: Sequence[Work], *, alone: bool) -> express.Parcel | None:
+        """What `apply_all` is going to send for `works`, made beforehand, where it can. For any thread.
+
+        `alone`: nothing waits in the park, as far as is known.
+        """
+        if not self._hope.near or not self._simple(works) or len({work.identity for work in works}) < len(works):
+            return None
+        return express.Parcel(works, alone=alone)
 
     def decide(self, work: Work, examiner: Examiner) -> Applied:
         """Apply one event, with `examiner` between it and the tables. Raises Suspects, and as `apply_all`."""
@@ -156,17 +171,21 @@ class Applier:
             connection.close()
             raise
 
-    def _express(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> bool:
+    def _simple(self, works: Sequence[Work]) -> bool:
+        """Whether nothing stands between `works` and the tables."""
+        return not (self._guard and self._guard.lists) and self._examine(works) is None
+
+    def _express(self, works: Sequence[Work], outcomes: dict[Work, Applied], parcel: express.Parcel | None) -> bool:
         """Whether all of them could be applied at once; if not, nothing was done."""
+        made = parcel is not None and parcel.works == works
         if (
-            (self._guard and self._guard.lists)
-            or self._examine(works) is not None
+            not (made or self._simple(works))
             or not self._hope.there()
             or len(works := _not_behind(works, outcomes)) == 0
         ):
             return False
         try:
-            applied = self._transaction(works, self._run_express)
+            applied = self._transaction(works, functools.partial(self._run_express, parcel=parcel))
         except Suspects as suspects:
             self._hope.learn(fulfilled=False)
             self._divide(works, suspects, outcomes)
@@ -219,9 +238,15 @@ class Applier:
         return transaction.run(connection, works, begin, self._step, naming=naming, examiner=examiner)
 
     def _run_express(
-        self, connection: psycopg.Connection, works: Sequence[Work], begin: Sequence[bytes]
+        self,
+        connection: psycopg.Connection,
+        works: Sequence[Work],
+        begin: Sequence[bytes],
+        *,
+        parcel: express.Parcel | None,
     ) -> dict[Work, Applied] | None:
-        return express.run(connection, works, begin, self._step)
+        made = parcel if parcel and parcel.works == works else express.Parcel(works)
+        return express.run(connection, made, begin, self._step)
 
     def _step(self, step: str) -> None:
         if step == "executed":

@@ -1,6 +1,7 @@
 """Which idempotency keys are ours, and which events are newer than what was applied: two statements, a row an event.
 
-Their parameters are arrays, a column each: PostgreSQL reads them in two thirds of the time that JSON takes.
+Their parameters are arrays, a column each: PostgreSQL reads them in two thirds of the time that JSON takes. What all
+events have in common is sent once, and the array that would repeat it is empty: `unnest` fills up with nulls.
 
 INVARIANT. The claim is the first to write WAL, which makes it the mark of the loop guard (`figbridge.forward.echo`).
 
@@ -16,18 +17,21 @@ import psycopg
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import KEY_REUSE, ROW_WAITS, Applied, Outcome
 
+_NONE: Final = "{}"  # the array of a column that is the same for all, or is not needed
+_DIGEST: Final = 32  # bytes of a payload's hash
 # What is about an entity that waits in the park is not claimed: it would overtake. Unless it brings the very row that
-# all of the parked ones wait for.
-_INSERT: Final = """
+# all of the parked ones wait for. Without entities nothing is claimed while anything waits.
+_INSERT: Final = f"""
     INSERT INTO figbridge.inbox (source, idempotency_key, payload_hash, event_id)
-    SELECT c.source, c.key, c.hash, c.event_id
-    FROM unnest($1::text[], $2::text[], $3::bytea[], $4::text[], $5::text[], $6::text[], $7::bool[], $8::bool[])
-         AS c (source, key, hash, event_id, scope, identity, again, makes_row)
-    WHERE (SELECT NOT EXISTS (SELECT FROM figbridge.parked)) OR c.again OR NOT EXISTS (
+    SELECT coalesce(c.source, $1::text), c.key, substr($2::bytea, {_DIGEST} * (c.number::int - 1) + 1, {_DIGEST}),
+           coalesce(c.event_id, c.key)
+    FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bool[], $9::bool[]) WITH ORDINALITY
+         AS c (key, source, event_id, scope, identity, again, makes_row, number)
+    WHERE (SELECT NOT EXISTS (SELECT FROM figbridge.parked)) OR c.scope IS NOT NULL AND (c.again OR NOT EXISTS (
         SELECT FROM figbridge.parked p WHERE p.scope = c.scope AND p.identity = c.identity
-                                 AND NOT (c.makes_row AND p.row_missing))
+                                 AND NOT (c.makes_row AND p.row_missing)))
     ORDER BY c.source COLLATE "C", c.key COLLATE "C"
-"""
+"""  # noqa: S608 (constants)
 CLAIM: Final = f"{_INSERT} ON CONFLICT (source, idempotency_key) DO NOTHING RETURNING source, idempotency_key"
 # For keys that nobody had, as is hoped: 23505 where somebody did. A third of the server's time for a claim is spent on
 # being ready for a conflict.
@@ -54,16 +58,24 @@ REUSED: Final = Applied(
 )
 
 
-def claims(works: Sequence[Work]) -> list[str]:
-    """The parameters of `CLAIM`."""
-    hashes = '","\\\\x'.join([work.payload_hash.hex() for work in works])
+def claims(works: Sequence[Work], *, alone: bool = False) -> list[str | bytes]:
+    """The parameters of `CLAIM`. `alone`: nothing waits in the park, as far as is known; or nothing will be claimed."""
+    sources, keys = zip(*[work.identity for work in works], strict=True)
+    ids = tuple([work.event.id for work in works])
+    entities = [_NONE] * 4
+    if not alone:
+        entities = [
+            *_pairs([work.entity for work in works]),
+            _flags([work.again for work in works]),
+            _flags([work.mapping.makes_row for work in works]),
+        ]
     return [
-        *_pairs([work.identity for work in works]),
-        f'{{"\\\\x{hashes}"}}',
-        _texts([work.event.id for work in works]),
-        *_pairs([work.entity for work in works]),
-        _flags([work.again for work in works]),
-        _flags([work.mapping.makes_row for work in works]),
+        sources[0],
+        b"".join([work.payload_hash for work in works]),
+        _texts(keys),
+        _NONE if len(set(sources)) == 1 else _texts(sources),
+        _NONE if ids == keys else _texts(ids),
+        *entities,
     ]
 
 

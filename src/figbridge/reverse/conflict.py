@@ -140,7 +140,7 @@ class Conflicts:
             "after": orjson.Fragment(after) if after else None,
             "columns": conflict.columns,
             "message": message.replace("\0", "\\0"),
-            "event": orjson.Fragment(write(work.event.document, "the event")),
+            "event": orjson.Fragment(write(work.document, "the event")),
         }
         self._kept.append(orjson.dumps(record))
 

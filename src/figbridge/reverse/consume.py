@@ -1,6 +1,6 @@
 """The loop of the reverse path: receive, apply, settle; while a batch is applied, the next one is received and parsed.
 
-    receive ▶ prepare ───────────────────────────┐ batch n+1, this thread
+    receive ▶ prepare ▶ parts ───────────────────┐ batch n+1, this thread
     apply   batch n, a thread of its own ────────┴▶ park what waits ▶ submit n+1 ▶ dead letters ▶ acknowledge n
 
     APPLIED, DUPLICATE, IGNORED ──▶ acknowledged
@@ -29,20 +29,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import structlog
 
 from figbridge.deadletter import DeadLetter, DeadLetters, position_of
 from figbridge.errors import BridgeError, QueueUnavailable
-from figbridge.event import Received
+from figbridge.event import Named
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
-from figbridge.reverse.mapping import Mappings, Work
-from figbridge.reverse.message import Enveloping, Malformed, hops, parse
-from figbridge.reverse.outcome import MAPPING_BROKEN, PING_PONG, Applied, Outcome
+from figbridge.reverse.express import Parcel
+from figbridge.reverse.mapping import Mapping, Mappings, Work
+from figbridge.reverse.message import Enveloping, Malformed, parse
+from figbridge.reverse.outcome import DONE, MAPPING_BROKEN, PING_PONG, Applied, Outcome
 from figbridge.reverse.park import Park, Parked
 from figbridge.transports import Delivery, Source
 
@@ -60,9 +61,13 @@ class Item:
     """One delivery on its way: what it is, and what became of it."""
 
     delivery: Delivery | Parked
-    event: Received | None = None
+    event: Named | None = None
     work: Work | None = None
     applied: Applied | None = None
+
+
+# What one transaction is for, and what it will send, where that could be made beforehand.
+_Part: TypeAlias = tuple[list[tuple[Item, Work]], Parcel | None]
 
 
 class Consumer:
@@ -131,7 +136,7 @@ class Consumer:
         if self._drift:
             persist(self._drift.look, what="look at the catalogue", stop=stop)
         items = [self._prepared(delivery) for delivery in deliveries]
-        self._apply(items, stop)
+        self._apply(self._parts(items), stop)
         self._keep_waiting(items, stop)
         self._settle(items, stop)
         self._look_at = 0.0
@@ -147,6 +152,7 @@ class Consumer:
                 wait = 0.0 if hand else _LOOK if self._parked else _WAIT
                 deliveries = persist(lambda wait=wait: self._source.receive(wait=wait), what="receive", stop=stop)  # type: ignore[misc]
                 received = [self._prepared(delivery) for delivery in deliveries]
+                parts = self._parts(received)
                 done = None
                 if hand:
                     hand[1].result()
@@ -155,7 +161,7 @@ class Consumer:
                     hand = None
                 self._look_around(stop)
                 if received:
-                    hand, received = (received, pool.submit(self._apply, received, stop)), []
+                    hand, received = (received, pool.submit(self._apply, parts, stop)), []
                 if done:
                     self._settle(done, stop)
         finally:
@@ -170,20 +176,23 @@ class Consumer:
 
     def _prepared(self, delivery: Delivery | Parked) -> Item:
         """Everything about a delivery that needs no database."""
-        item = Item(delivery)
+        item, event = Item(delivery), None
         try:
-            item.event = parse(delivery.body, self._bare)
-            mapping = self._mappings.find(item.event)
-            if mapping is None:
-                item.applied = self._unmapped
-            elif mapping.broken is not None:
-                item.applied = Applied(Outcome.DEAD_LETTER, MAPPING_BROKEN, mapping.broken)
-            else:
-                item.work = mapping.prepare(item.event, again=isinstance(delivery, Parked))
-                if hops(item.event) > self._max_hops:
-                    item.work, item.applied = None, self._held()
+            event = parse(delivery.body, self._bare)
+            mapping = self._mappings.find(event)
+            if mapping is not None and mapping.broken is None:
+                work = mapping.prepare(event, again=isinstance(delivery, Parked))
+                item.event = work.event
+                if work.hops <= self._max_hops:
+                    item.work = work
+                else:
+                    item.applied = self._held()
+                return item
+            item.applied = self._unmapped if mapping is None else _broken(mapping)
         except Malformed as error:
             item.applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
+        if event is not None:
+            item.event = Named(event.id, event.source, event.detail_type)
         return item
 
     def _held(self) -> Applied:
@@ -191,26 +200,34 @@ class Consumer:
         message = f"it has passed more than {self._max_hops} bridges (hops): two systems answer each other"
         return Applied(Outcome.DEAD_LETTER, PING_PONG, message)
 
-    def _apply(self, items: Sequence[Item], stop: threading.Event) -> None:
-        """Apply what can be applied; the outcomes go into the items. Of the thread that owns the connection."""
+    def _parts(self, items: Sequence[Item]) -> list[_Part]:
+        """What can be applied, a transaction each. Made where the events were read: they are at hand there."""
         todo = [(item, item.work) for item in items if item.work is not None]
+        parts = [todo[begin : begin + self._batch_size] for begin in range(0, len(todo), self._batch_size)]
+        alone = not self._parked
+        return [
+            (part, self._applier.parcel([work for _, work in part], alone=alone) if _first(part) else None)
+            for part in parts
+        ]
+
+    def _apply(self, parts: Sequence[_Part], stop: threading.Event) -> None:
+        """Apply them; the outcomes go into the items. Of the thread that owns the connection."""
 
         def count(_error: BridgeError) -> None:
             self._metrics.outcomes.labels(Outcome.RETRY.value).inc()
 
-        for begin in range(0, len(todo), self._batch_size):
-            part = todo[begin : begin + self._batch_size]
+        for part, parcel in parts:
 
-            def once(part: Sequence[tuple[Item, Work]] = part) -> dict[Work, Applied]:
+            def once(part: Sequence[tuple[Item, Work]] = part, parcel: Parcel | None = parcel) -> dict[Work, Applied]:
                 while True:
                     ours = [(item, work) for item, work in part if not item.delivery.lost]
                     if not ours:
                         return {}
-                    hopeful = all(item.delivery.attempts == 1 for item, _ in ours)
+                    works = [work for _, work in ours]
                     try:
                         with self._metrics.apply_seconds.time():
                             return self._applier.apply_all(
-                                [work for _, work in ours], partial(_require, ours), hopeful=hopeful
+                                works, partial(_require, ours), hopeful=_first(ours), parcel=parcel
                             )
                     except _Lost:
                         pass  # rolled back; without those that are not ours any more
@@ -224,7 +241,7 @@ class Consumer:
         waiting = [
             (item.work, item.applied, item.delivery.body)
             for item in items
-            if item.work and item.applied and item.applied.outcome is Outcome.RETRY
+            if item.applied is not DONE and item.work and item.applied and item.applied.outcome is Outcome.RETRY
         ]
         if not waiting:
             return
@@ -254,7 +271,7 @@ class Consumer:
                 if isinstance(item.delivery, Parked) and item.delivery.overdue:
                     message = f"{item.delivery.message}; waited in vain for an earlier event"
                     item.work, item.applied = None, Applied(Outcome.DEAD_LETTER, item.delivery.reason, message)
-            self._apply(items, stop)
+            self._apply(self._parts(items), stop)
             self._keep_waiting(items, stop)
             self._settle(items, stop)
             if all(item.applied and item.applied.outcome is Outcome.RETRY for item in items):
@@ -268,15 +285,18 @@ class Consumer:
 
     def _settle(self, items: Sequence[Item], stop: threading.Event) -> None:
         """Make dead letters durable, then acknowledge, then count."""
-        letters = [_letter(item) for item in items if item.applied and item.applied.outcome is Outcome.DEAD_LETTER]
+        others = [item for item in items if item.applied is not DONE]
+        letters = [
+            _letter(item, self._bare) for item in others if item.applied and item.applied.outcome is Outcome.DEAD_LETTER
+        ]
         if letters:
             # before the acknowledgement: a crash between the two repeats both, and the letter stays one
             persist(lambda: self._dead_letters.add(letters), what="write dead letter", stop=stop)
             if self._drift and any(letter.reason.startswith("42") for letter in letters):
                 self._drift.hurry()
-        for item in items:
+        for item in others:
             if item.applied and item.applied.outcome is not Outcome.APPLIED:
-                _tell(item)
+                _tell(item, self._bare)
         waits = {Outcome.RETRY}
         parked = [
             it.delivery
@@ -287,9 +307,10 @@ class Consumer:
             persist(lambda: self._park.remove(parked), what="leave the park", stop=stop)
         if delivered := [it.delivery for it in items if not (isinstance(it.delivery, Parked) or it.delivery.lost)]:
             persist(lambda: self._source.acknowledge(delivered), what="acknowledge", stop=stop)
-        self._tally(items)
+        self._tally(others, len(items) - len(others))
 
-    def _tally(self, items: Sequence[Item]) -> None:
+    def _tally(self, items: Sequence[Item], done: int) -> None:
+        self._metrics.outcomes.labels(Outcome.APPLIED.value).inc(done)
         for outcome, number in Counter(it.applied.outcome for it in items if it.applied).items():
             self._metrics.outcomes.labels(outcome.value).inc(number)
         reasons = Counter(it.applied.reason for it in items if it.applied and it.applied.outcome is Outcome.IGNORED)
@@ -316,7 +337,16 @@ def _require(ours: Sequence[tuple[Item, Work]]) -> None:
         raise _Lost
 
 
-def _letter(item: Item) -> DeadLetter:
+def _broken(mapping: Mapping) -> Applied:
+    return Applied(Outcome.DEAD_LETTER, MAPPING_BROKEN, mapping.broken or "")
+
+
+def _first(part: Sequence[tuple[Item, Work]]) -> bool:
+    """Whether none of them has come before, as far as anybody knows."""
+    return all(item.delivery.attempts == 1 for item, _ in part)
+
+
+def _letter(item: Item, bare: Enveloping | None) -> DeadLetter:
     applied = item.applied or UNMAPPED
     tables = item.work.mapping.tables if item.work else ()
     return DeadLetter(
@@ -328,18 +358,18 @@ def _letter(item: Item) -> DeadLetter:
         body=item.delivery.body,
         statement=applied.statement,
         table=".".join(tables[0]) if tables else None,
-        position=position_of(item.event.document["detail"]) if item.event else None,
+        position=position_of(parse(item.delivery.body, bare).document["detail"]) if item.event else None,
     )
 
 
-def _tell(item: Item) -> None:
+def _tell(item: Item, bare: Enveloping | None) -> None:
     event_id, applied = item.event.id if item.event else None, item.applied or UNMAPPED
     if applied.outcome is Outcome.DEAD_LETTER:
         _log.error(
             "event went to the dead letters",
             event_id=event_id,
             reason=applied.reason,
-            dead_letter_id=_letter(item).id,
+            dead_letter_id=_letter(item, bare).id,
         )
     elif applied.outcome is not Outcome.RETRY:
         _log.info(

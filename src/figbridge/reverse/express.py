@@ -11,7 +11,8 @@ INVARIANT. COMMIT is sent only after all answers have been read and every one of
 a statement did for an event that should not have been applied is never committed.
 
 Why it matters: each answer that is waited for leaves the server idle, and wakes a thread which has to get Python's lock
-from the one that parses the next batch.
+from the one that parses the next batch. For the same reason what is sent is made beforehand (`Parcel`), by that other
+thread: it has the events in its processor's cache, and the server has the batch before to work on meanwhile.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,6 +42,11 @@ class Hope:
             return False
         return True
 
+    @property
+    def near(self) -> bool:
+        """Whether the batch after the next one will be worth it, as far as is known."""
+        return self._left <= 1
+
     def learn(self, fulfilled: bool) -> None:
         """What became of a batch that was tried."""
         if fulfilled:
@@ -50,11 +56,34 @@ class Hope:
             self._pause = min(2 * self._pause, _MOST)
 
 
+class Parcel:
+    """What is sent for `works`, whose keys all differ: statements and parameters. Needs no connection.
+
+    `alone` as for `claim.claims`.
+    """
+
+    def __init__(self, works: Sequence[Work], *, alone: bool = False) -> None:
+        self.works = list(works)
+        self.claims = claim.claims(works, alone=alone)
+        self.segments = [_Segment(segment) for segment in transaction.segments(works)]
+
+
+class _Segment:
+    """Works whose entities all differ: their versions, then their statements."""
+
+    def __init__(self, works: list[Work]) -> None:
+        self.works = works
+        versioned = [work for work in works if work.version is not None]
+        self.versioned = len(versioned)
+        self.versions = claim.versions(versioned) if versioned else []
+        self.todo = transaction.statements(works)
+
+
 def run(
-    connection: psycopg.Connection, works: Sequence[Work], begin: Sequence[bytes], on_step: Callable[[str], None]
+    connection: psycopg.Connection, parcel: Parcel, begin: Sequence[bytes], on_step: Callable[[str], None]
 ) -> dict[Work, Applied] | None:
     """As `transaction.run`; None when it did not go as hoped, and the transaction is to be rolled back."""
-    sent = _Sent(connection, works)
+    sent, works = _Sent(connection, parcel), parcel.works
     done: psycopg.Cursor[Any] | None = None
     try:
         with connection.pipeline() as pipeline:
@@ -83,11 +112,11 @@ def run(
 
 
 class _Sent:
-    """What was sent for `works`, and its answers."""
+    """What was sent of a parcel, and its answers."""
 
-    def __init__(self, connection: psycopg.Connection, works: Sequence[Work]) -> None:
+    def __init__(self, connection: psycopg.Connection, parcel: Parcel) -> None:
         self._connection = connection
-        self._works = works
+        self._parcel = parcel
         self._counted: list[tuple[psycopg.RawCursor, int]] = []  # each is to have an answer of so many rows
         self._segments: list[tuple[list[Work], list[transaction.Sent]]] = []
 
@@ -95,14 +124,14 @@ class _Sent:
         """Send everything."""
         for statement in begin:
             psycopg.RawCursor(self._connection).execute(statement, prepare=True)
-        self._count(claim.HOPED_CLAIM, claim.claims(self._works), len(self._works))
-        for segment in transaction.segments(self._works):
-            if versioned := [work for work in segment if work.version is not None]:
-                self._count(claim.HOPED_VERSIONS, claim.versions(versioned), len(versioned))
-            self._segments.append((segment, []))
-            transaction.send(self._connection, transaction.statements(segment), self._segments[-1][1])
+        self._count(claim.HOPED_CLAIM, self._parcel.claims, len(self._parcel.works))
+        for segment in self._parcel.segments:
+            if segment.versioned:
+                self._count(claim.HOPED_VERSIONS, segment.versions, segment.versioned)
+            self._segments.append((segment.works, []))
+            transaction.send(self._connection, segment.todo, self._segments[-1][1])
 
-    def _count(self, query: str, parameters: Sequence[str], rows: int) -> None:
+    def _count(self, query: str, parameters: Sequence[str | bytes], rows: int) -> None:
         cursor = psycopg.RawCursor(self._connection)
         self._counted.append((cursor, rows))
         cursor.execute(query, parameters, prepare=True)
@@ -110,7 +139,7 @@ class _Sent:
     @property
     def claimed(self) -> bool:
         """Whether all keys were new."""
-        return bool(self._counted) and self._counted[0][0].rowcount == len(self._works)
+        return bool(self._counted) and self._counted[0][0].rowcount == len(self._parcel.works)
 
     def outcomes(self) -> dict[Work, Applied] | None:
         """When all answers are there; None when one is not what was hoped for."""

@@ -19,8 +19,8 @@ from figbridge import canary
 from figbridge.change import Lsn
 from figbridge.config import MappingSection, StatementSection, split_table
 from figbridge.errors import ConfigError, Problem
-from figbridge.event import Received
-from figbridge.reverse.message import Malformed, payload_hash, storable, write
+from figbridge.event import Named, Received
+from figbridge.reverse.message import Malformed, hops, payload_hash, storable, write
 from figbridge.reverse.policy import Expected, Policy
 from figbridge.reverse.statement import Action, Free, Shape, Statement
 from figbridge.reverse.values import ABSENT, Document, Fields, Path, compiled
@@ -36,19 +36,26 @@ class Work:
     identity what the inbox knows it by: source and idempotency key
     entity   (scope, identity): what versions are compared by, and order is kept by
     version  a decimal number, None without one
+    hops     how many bridges the event has passed
     again    it was parked before: nothing that is parked holds it back
     expected of each `Statement`, in their order, what the new system had seen; empty where nobody compares
+    document the envelope, for the record of a conflict; None where there can be none
+
+    Of the event itself only its name is kept: a batch of documents is larger than a processor's cache, and to go
+    through it again costs as much as to read the next one.
     """
 
-    event: Received
+    event: Named
     mapping: "Mapping"
     identity: tuple[str, str]
     payload_hash: bytes
     entity: tuple[str, str]
     version: str | None
     statements: Sequence[Statement | Free]
+    hops: int = 0
     again: bool = False
     expected: Sequence[Expected | None] = ()
+    document: Document | None = None
 
     @property
     def key(self) -> str:
@@ -97,7 +104,8 @@ class _Row:
         if self._fields is not None and (found := self._fields(document)) is not None:
             key = found[: len(self._key)]
             if None not in key:
-                return key, Statement(self._whole, write(dict(zip(self._columns, found, strict=True)), self._field))
+                values = dict(zip(self._columns, found))  # noqa: B905 (`Fields` yields as many, and to look costs)
+                return key, Statement(self._whole, write(values, self._field))
         values = self.key_of(document)
         named = tuple(values.values())
         present = []
@@ -199,15 +207,17 @@ class Mapping:
             key = tuple(self._first.key_of(document).values()) if self._first else ()
         identity = self._identity(event, key)
         return Work(
-            event,
+            Named(event.id, event.source, event.detail_type),
             self,
             (event.source, self.idempotency_key(event)),
             payload_hash(event),
             (self.scope, identity if len(identity) <= _LONGEST else hashlib.sha256(identity.encode()).hexdigest()),
             _version(self._version, document) if self._version else None,
             statements,
+            hops(event),
             again,
             self._expected(document, statements) if self._judged else (),
+            document if self._judged else None,
         )
 
     def statements(self, event: Received) -> Sequence[Statement | Free]:

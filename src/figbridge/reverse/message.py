@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
+from operator import itemgetter
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,7 @@ from figbridge.errors import BridgeError
 from figbridge.event import Received
 
 _UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
+_ENVELOPE: Final = itemgetter("id", "source", "detail-type", "detail")
 
 
 class Malformed(BridgeError):
@@ -67,6 +69,8 @@ def parse(body: bytes, bare: Enveloping | None = None) -> Received:
             document = read(body, "the message")
     except Exception:  # noqa: BLE001 (whatever it was, the other decoder reads it or says what is wrong)
         document = read(body, "the message")
+    if (known := _known(document)) is not None:
+        return known
     if document.get("Type") == "Notification" and isinstance(document.get("Message"), str):
         document = read(document["Message"], "Message of the SNS notification")
     if "specversion" in document and "detail" not in document:
@@ -76,12 +80,23 @@ def parse(body: bytes, bare: Enveloping | None = None) -> Received:
     identity, source, detail_type = document.get("id"), document.get("source"), document.get("detail-type")
     if detail_type == DETAIL_TYPE:  # of another bridge; ignored, its events would be lost without a word
         raise Malformed("detail", "is a pack of several events", expected="one; set forward.pack: none at its bridge")
-    if not (
-        identity and source and detail_type and type(identity) is type(source) is type(detail_type) is str
-        and plain(f"{identity}{source}{detail_type}")
-    ):  # one of them is wrong, or not ASCII  # fmt: skip
-        identity, source, detail_type = (_required_text(document, it) for it in ("id", "source", "detail-type"))
+    identity, source, detail_type = (_required_text(document, it) for it in ("id", "source", "detail-type"))
     return Received(identity, source, detail_type, document)
+
+
+def _known(document: dict[str, Any]) -> Received | None:
+    """The event of an envelope as nearly all of them are: bare, and in ASCII. None for any other."""
+    try:
+        identity, source, detail_type, detail = _ENVELOPE(document)
+    except KeyError:
+        return None
+    if (
+        identity and source and detail_type and type(identity) is type(source) is type(detail_type) is str
+        and type(detail) is dict and detail_type != DETAIL_TYPE and "Type" not in document
+        and (texts := identity + source + detail_type).isascii() and "\0" not in texts
+    ):  # fmt: skip
+        return Received(identity, source, detail_type, document)
+    return None
 
 
 def _unwrapped(message: dict[str, Any], bare: Enveloping | None) -> dict[str, Any]:
@@ -98,7 +113,8 @@ def _unwrapped(message: dict[str, Any], bare: Enveloping | None) -> dict[str, An
 
 def hops(event: Received) -> int:
     """How many bridges the event has passed, as its detail says; 0 where it does not."""
-    found = event.document["detail"].get("hops")
+    detail = event.document["detail"]
+    found = detail.get("hops") if type(detail) is dict else None
     return found if type(found) is int and 0 <= found < 1 << 31 else 0
 
 

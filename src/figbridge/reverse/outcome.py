@@ -70,6 +70,9 @@ class Applied:
     conflicts: tuple[tuple[str, str], ...] = ()
 
 
+DONE: Final = Applied(Outcome.APPLIED)  # of nearly every event, so it is told by `is`
+
+
 def contended(error: psycopg.Error) -> bool:
     """Whether the error is about a row that somebody else has at this moment."""
     return (error.sqlstate or "").startswith(_CONTENTION)

@@ -24,7 +24,7 @@ from psycopg.rows import class_row
 from figbridge import legacy
 from figbridge.config import Config
 from figbridge.errors import BridgeError, ConfigError, Problem
-from figbridge.event import Received
+from figbridge.event import Named
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.conflict import Conflicts, Task
 from figbridge.reverse.guard import LoopGuard
@@ -226,7 +226,7 @@ def _work(config: Config, kept: Kept) -> Work:
         work = dataclasses.replace(work, statements=rows[place : place + 1], expected=work.expected[place : place + 1])
     return dataclasses.replace(
         work,
-        event=Received(f"conflict {kept.id}", SOURCE, event.detail_type, event.document),
+        event=Named(f"conflict {kept.id}", SOURCE, event.detail_type),
         identity=(SOURCE, str(kept.id)),
         payload_hash=hashlib.sha256(b"new").digest(),
         version=None,  # it was written with the decision

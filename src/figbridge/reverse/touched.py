@@ -22,7 +22,6 @@ from psycopg import sql
 from figbridge import mark
 from figbridge.mark import Entry
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.message import hops
 from figbridge.reverse.statement import Free, Shape, Statement
 
 _log = structlog.get_logger()
@@ -87,7 +86,7 @@ class Touching:
             if names and digests:
                 told[shape] = len(shapes), iter(digests)
                 shapes.append(mark.Shape(names, shape.action, shape.key, shape.columns))
-        entries = [Entry(work.event.source, work.key, hops(work.event), _rows(work, told)) for work in works]
+        entries = [Entry(work.event.source, work.key, work.hops, _rows(work, told)) for work in works]
         return mark.write(shapes, entries)
 
     def _names_of(self, connection: psycopg.Connection, table: tuple[str, str]) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from figbridge.reverse import claim
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import (
     DELETE_MISSING,
+    DONE,
     STALE_VERSION,
     Applied,
     Outcome,
@@ -53,7 +54,6 @@ _SETTINGS: Final = """
            set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                       WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true)
 """
-_APPLIED: Final = Applied(Outcome.APPLIED)
 STALE: Final = Applied(Outcome.IGNORED, STALE_VERSION, "an event with this version or a newer one was applied")
 _SORTED: Final = frozenset({"update", "upsert", "delete", "soft"})
 
@@ -309,7 +309,7 @@ def send(connection: psycopg.Connection, todo: Iterable[_Todo], sent: list[Sent]
 
 def read(works: Sequence[Work], sent: Sequence[Sent]) -> dict[Work, Applied]:
     """Which rows were found; raises Suspects with those that were to be updated and are not there."""
-    outcomes = dict.fromkeys(works, _APPLIED)
+    outcomes = dict.fromkeys(works, DONE)
     missing: dict[Work, Statement] = {}
     suspected: list[Work] = []
     for cursor, _, shape, members in sent:

@@ -108,6 +108,10 @@ def _steps(node: dict[str, Any]) -> list[str | int] | None:
 
 
 def _walk(steps: list[str | int]) -> Callable[[Document], Any]:
+    match steps:
+        case [str(head), str(name)]:
+            return _field(head, name)
+
     def walk(document: Document) -> Any:
         found: Any = document
         for step in steps:
@@ -120,6 +124,16 @@ def _walk(steps: list[str | int]) -> Callable[[Document], Any]:
         return found
 
     return walk
+
+
+def _field(head: str, name: str) -> Callable[[Document], Any]:
+    """As `_walk`, for a field of an object of the event: nearly all are."""
+
+    def field(document: Document) -> Any:
+        found = document.get(head, ABSENT)
+        return found.get(name, ABSENT) if type(found) is dict else ABSENT
+
+    return field
 
 
 def _search(expression: Any, name: str) -> Callable[[Document], Any]:
