@@ -1,8 +1,12 @@
 """Chunks read from a real physical standby, which is behind, cancels, or is none any more."""
 
+import contextlib
+import itertools
+import os
+import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pytest
@@ -12,6 +16,7 @@ from figbridge.errors import LegacyUnavailable
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.standby import Standby
 from figbridge.metrics import Metrics
+from figbridge.retry import Stopped
 from fixtures.clock import until
 from fixtures.cluster import Cluster, cluster
 from fixtures.forward import Forward
@@ -23,6 +28,7 @@ CREATE TABLE thing (id int PRIMARY KEY, v int); INSERT INTO thing SELECT n, n FR
 CREATE TABLE keyless (id int, v int); INSERT INTO keyless SELECT n, n FROM generate_series(1, 500) AS n;
 ALTER TABLE keyless REPLICA IDENTITY FULL;
 """
+_NUMBERS = itertools.count(1)
 THING, KEYLESS = ("public", "thing"), ("public", "keyless")
 
 
@@ -36,7 +42,7 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Cluster]:
 
 @pytest.fixture
 def database(pair: Cluster, request: pytest.FixtureRequest) -> Database:
-    name = "".join(it for it in request.node.originalname if it.isalpha())[-40:]
+    name = "".join(it for it in request.node.originalname if it.isalpha())[-40:] + str(next(_NUMBERS))
     with psycopg.connect(pair.primary.dsn(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     made = Database(pair.primary, name)
@@ -128,33 +134,77 @@ def test_a_primary_is_no_standby(pair: Cluster, database: Database) -> None:
         standby.wait(primary, threading.Event())
 
 
+THROTTLED = "figbridge_forward_snapshot_throttled"
+
+
+class Walking:
+    """What a loop asks of its pace, chunk after chunk, in a thread."""
+
+    def __init__(self, database: Database, lag: float) -> None:
+        self._database, self._metrics, self._stop = database, Metrics(), threading.Event()
+        self._pace = Pace(self._metrics, lag=lag)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.chunks = 0
+
+    def _run(self) -> None:
+        with self._database.connect() as connection, contextlib.suppress(Stopped):
+            while not self._stop.wait(0.05):
+                self._pace.wait(connection, self._stop)
+                self.chunks += 1
+
+    @property
+    def waits(self) -> bool:
+        return self._metrics.registry.get_sample_value(THROTTLED) == 1
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+
+
 def test_a_snapshot_waits_while_a_standby_is_behind(pair: Cluster, database: Database) -> None:
     """Whichever standby it is, and wherever the rows are read."""
-    metrics, stop, read_ = Metrics(), threading.Event(), threading.Event()
-    pace = Pace(metrics, lag=0.5)
 
     def behind() -> bool:
         database.execute("UPDATE thing SET v = v + 1 WHERE id = 1")  # lag is that of something to replay
         query = "SELECT coalesce(max(replay_lag), '0') > '0.5 s' FROM pg_stat_replication"
         return bool(database.execute(query)[0][0])
 
-    def chunk() -> None:
-        with database.connect() as connection:
-            pace.wait(connection, stop)
-        read_.set()
-
-    waiting = threading.Thread(target=chunk, daemon=True)
     try:
         pair.standby.reload(recovery_min_apply_delay="1s")
         until(behind, 30, "the standby is behind")
-        waiting.start()
-        throttled = "figbridge_forward_snapshot_throttled"
-        until(lambda: metrics.registry.get_sample_value(throttled) == 1, 10, "the snapshot waits")
-        assert not read_.is_set()
-        pair.standby.reload(recovery_min_apply_delay="0")
-        until(lambda: not behind() and read_.wait(0.1), 30, "the snapshot goes on")
-        assert metrics.registry.get_sample_value(throttled) == 0
+        with Walking(database, 0.5) as walking:
+            until(lambda: walking.waits, 10, "the snapshot waits")
+            assert not walking.chunks
+            pair.standby.reload(recovery_min_apply_delay="0")
+            until(lambda: not behind() and walking.chunks, 30, "the snapshot goes on")
+            assert not walking.waits
     finally:
-        stop.set()
         pair.standby.reload(recovery_min_apply_delay="0")
-        waiting.join(10)
+
+
+@pytest.mark.parametrize("how", ["replay is paused", "it does not answer"])
+def test_a_snapshot_waits_for_a_standby_that_stands_still_while_nobody_writes(
+    pair: Cluster, database: Database, how: str
+) -> None:
+    """A standby that does not answer leaves pg_stat_replication.replay_lag as it was, which is NULL for an idle one."""
+    ((receiver,),) = there(pair, "SELECT pid FROM pg_stat_wal_receiver")
+    lag = "SELECT max(replay_lag) FROM pg_stat_replication"
+    until(lambda: database.execute(lag) == [(None,)], 30, "the standby is idle")
+    with Walking(database, 1.0) as walking:
+        until(lambda: walking.chunks, 10, "it reads")
+        assert not walking.waits
+        try:
+            if how == "replay is paused":
+                there(pair, "SELECT pg_wal_replay_pause()")
+            else:
+                os.kill(receiver, signal.SIGSTOP)
+            database.execute("UPDATE thing SET v = v + 1 WHERE id = 1")
+            until(lambda: walking.waits, 15, lambda: f"the snapshot waits, with {database.execute(lag)}")
+        finally:
+            os.kill(receiver, signal.SIGCONT)
+            there(pair, "SELECT pg_wal_replay_resume()")
+        until(lambda: not walking.waits, 15, "the snapshot goes on")

@@ -5,6 +5,7 @@
             ─▶ leaving  which columns of which tables leave, and as what
             ─▶ stream   publications, slot, and what guards it
             ─▶ failover whether a standby would have the slot
+            ─▶ standby  whether snapshots can be read from the one that is named for that
             ─▶ reverse  our schema; each mapping held against the catalogue
             ─▶ loops    may the reverse path mark its transactions?
             ─▶ split    of a file with one direction: is the other at work here by another file?
@@ -37,7 +38,7 @@ from figbridge.errors import (
     SetupError,
     SinkUnavailable,
 )
-from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, stream, tables
+from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, standby, stream, tables
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
 from figbridge.preflight.leaving import LEAVING
 
@@ -65,6 +66,7 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
             findings += leaving.probe(connection, config.forward, names)
             findings += stream.probe(connection, config, names, stage)
             findings += failover.probe(connection, config.legacy)
+            findings += standby.probe(connection, config)
             findings += stream.probe_guard(config)
         findings += _writing(connection, config, names, stage)
         if stage == "run":
@@ -87,7 +89,8 @@ def _writing(
 def require(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
     """The findings, when none of them stands in the way. Raises SetupError with every error otherwise.
 
-    A mapping that does not fit its table stands in nobody's way but its own: `figbridge.reverse.drift`.
+    A mapping that does not fit its table stands in nobody's way but its own: `figbridge.reverse.drift`. A standby that
+    snapshots cannot be read from stands in their way, and not in the stream's: `figbridge.forward.snapshot.standby`.
     """
     findings = inspect(config, stage, only)
     if problems := [Problem(it.where, it.what, it.remedy) for it in findings if it.level == "error" and _fatal(it)]:
@@ -97,6 +100,8 @@ def require(config: Config, stage: Stage, only: Direction | None = None) -> list
 
 
 def _fatal(finding: Finding) -> bool:
+    if finding.where == standby.PLACE:
+        return False
     return not finding.where.startswith("reverse.mappings.") or finding.where.endswith(".match.source")
 
 

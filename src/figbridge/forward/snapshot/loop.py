@@ -16,7 +16,7 @@ fails its task, with the reason, and stops neither the other tables nor the stre
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -145,6 +145,10 @@ class Snapshot:
             try:
                 with self._reader():
                     self._task(connection, task)
+            except BridgeError as trouble:  # it is tried again
+                with suppress(psycopg.Error):
+                    self._progress.trouble(connection, task, str(trouble))
+                raise
             finally:
                 self._bridge.claims.release(task)
         return True

@@ -18,11 +18,38 @@ from figbridge.retry import Stopped
 _log = structlog.get_logger()
 _LOOK: Final = 1.0  # seconds between two looks at the standbys
 _WHILE: Final = 0.1  # seconds
-# of physical standbys; NULL for one that is idle, and to a role that may not see it (pg_monitor may)
-_LAG: Final = """
-SELECT coalesce(extract(epoch FROM max(r.replay_lag)), 0)::float8 FROM pg_stat_replication r
-WHERE NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
+# of physical standbys; the lag of an idle one is NULL, and to a role that may not see it (pg_monitor may) all of it is
+_STANDBYS: Final = """
+SELECT r.pid, coalesce(extract(epoch FROM r.replay_lag), 0)::float8, (r.replay_lsn - '0/0')::bigint,
+       (pg_current_wal_flush_lsn() - '0/0')::bigint
+FROM pg_stat_replication r
+WHERE r.replay_lsn IS NOT NULL
+  AND NOT EXISTS (SELECT FROM pg_replication_slots s WHERE s.active_pid = r.pid AND s.slot_type = 'logical')
 """
+
+
+class Lag:
+    """How far physical standbys are behind, asked again and again.
+
+    ``replay_lag`` alone does not say it: the server measures when a standby answers. One that hangs, or whose network
+    does, keeps the value that it had, which is NULL on an idle server. So for each standby a place in the WAL is kept,
+    and since when it has had to replay up to there.
+    """
+
+    def __init__(self) -> None:
+        self._marks: dict[int, tuple[int, float]] = {}  # by the walsender's pid
+
+    def seconds(self, connection: psycopg.Connection) -> float:
+        """Of the one that is furthest behind; 0 without any. Raises psycopg.Error."""
+        now, marks, most = time.monotonic(), dict[int, tuple[int, float]](), 0.0
+        for pid, told, replayed, end in connection.execute(_STANDBYS).fetchall():
+            place, since = self._marks.get(pid, (end, now))
+            if replayed >= place:
+                place, since = end, now
+            marks[pid] = place, since
+            most = max(most, told, now - since)
+        self._marks = marks
+        return most
 
 
 class Pace:
@@ -32,6 +59,7 @@ class Pace:
         self._rate = rate
         self._lag = lag
         self._metrics = metrics
+        self._standbys = Lag()
         self._due = self._looked = 0.0
 
     @property
@@ -52,7 +80,7 @@ class Pace:
         if not self._lag or time.monotonic() - self._looked < _LOOK:
             return seconds > _WHILE
         said = False
-        while (behind := self._behind(connection)) > self._lag:
+        while (behind := self._standbys.seconds(connection)) > self._lag:
             if not said:
                 _log.warning("the snapshot waits for a standby", seconds_behind=round(behind, 1), allowed=self._lag)
             said = True
@@ -62,7 +90,3 @@ class Pace:
         self._metrics.snapshot_throttled.set(0)
         self._looked = time.monotonic()
         return said or seconds > _WHILE
-
-    def _behind(self, connection: psycopg.Connection) -> float:
-        row = connection.execute(_LAG).fetchone()
-        return float(row[0]) if row else 0.0

@@ -120,6 +120,10 @@ class Progress:
         """It cannot go on."""
         return self._change(connection, _FAIL, task.name, run=task.run, why=why)
 
+    def trouble(self, connection: psycopg.Connection, task: Task, why: str) -> bool:
+        """It stands still and is tried again: what `--status` says until rows leave."""
+        return self._change(connection, _TROUBLE, task.name, run=task.run, why=why)
+
     def order(self, connection: psycopg.Connection, name: Name, state: State, of: Sequence[State]) -> bool:
         """Set the state of a task that is in one of the states `of`."""
         return self._change(connection, _ORDER, name, state=state, of=list(of))
@@ -162,7 +166,8 @@ WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING sin
 """  # noqa: S608 (constants)
 _ADVANCE: Final = f"""
 WITH advanced AS (
-    UPDATE figbridge.snapshot SET cursor = %(cursor)s, rows = rows + %(rows)s, updated_at = now()
+    UPDATE figbridge.snapshot SET cursor = %(cursor)s, rows = rows + %(rows)s, updated_at = now(),
+           message = CASE WHEN %(rows)s = 0 THEN message END
     WHERE {_ONE} AND run = %(run)s RETURNING state
 )
 SELECT state, (SELECT count(pg_logical_emit_message(true, '{PREFIX}', mark)) FROM unnest(%(marks)s::text[]) AS mark
@@ -170,12 +175,15 @@ SELECT state, (SELECT count(pg_logical_emit_message(true, '{PREFIX}', mark)) FRO
 FROM advanced
 """  # noqa: S608 (constants)
 _END: Final = f"""
-UPDATE figbridge.snapshot SET state = 'done', updated_at = now()
+UPDATE figbridge.snapshot SET state = 'done', message = NULL, updated_at = now()
 WHERE {_ONE} AND run = %(run)s AND state IN ('running', 'paused') RETURNING since::text
 """  # noqa: S608 (constants)
 _FAIL: Final = f"""
 UPDATE figbridge.snapshot SET state = 'failed', message = %(why)s, updated_at = now()
 WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running')
+"""  # noqa: S608 (constants)
+_TROUBLE: Final = f"""
+UPDATE figbridge.snapshot SET message = %(why)s WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running')
 """  # noqa: S608 (constants)
 _ORDER: Final = f"""
 UPDATE figbridge.snapshot SET state = %(state)s, updated_at = now() WHERE {_ONE} AND state = ANY (%(of)s)

@@ -10,7 +10,8 @@ INVARIANT. What a chunk lacks of the stream, its window has noted. Three things 
   in a chunk that the stream tells before its window.
 
 Both must be one history: each chunk asks whether the server is still in recovery, and each connection whether it has
-the primary's system identifier. A standby that was promoted is read no more.
+the primary's system identifier. A standby that was promoted is read no more, and nothing is read in its place until a
+human has said where: the task stands still and says why, the stream goes on.
 
 A query that holds up replay is cancelled by the standby (``max_standby_streaming_delay``) and its chunk read again.
 """
@@ -24,12 +25,14 @@ from typing import Final
 import psycopg
 
 from figbridge import legacy
-from figbridge.errors import LegacyUnavailable
+from figbridge.errors import BridgeError, LegacyUnavailable
+from figbridge.preflight.standby import ANOTHER
 from figbridge.retry import Stopped
 
 _PATIENCE: Final = 30.0  # seconds; longer the window would have to note what the stream touches
 _TICK: Final = 0.01
-_BEHIND: Final = "SELECT pg_is_in_recovery(), pg_last_wal_replay_lsn() >= %s::pg_lsn"
+_HERE: Final = "SELECT pg_current_wal_insert_lsn()::text, current_database()::text"
+_BEHIND: Final = "SELECT pg_is_in_recovery(), current_database()::text, pg_last_wal_replay_lsn() >= %s::pg_lsn"
 
 
 class Standby:
@@ -41,27 +44,34 @@ class Standby:
     @classmethod
     @contextmanager
     def opened(cls, dsn: str, system_identifier: str) -> Iterator["Standby"]:
-        """Raises LegacyUnavailable, BridgeError."""
-        with legacy.connect(dsn, purpose="snapshot-standby", autocommit=True) as connection, legacy.translated():
-            query = "SELECT system_identifier::text FROM pg_control_system()"
-            (found,) = connection.execute(query).fetchone() or ("",)
+        """Raises LegacyUnavailable."""
+        try:
+            with legacy.translated():
+                connection = legacy.connect(dsn, purpose="snapshot-standby", autocommit=True)
+                query = "SELECT system_identifier::text FROM pg_control_system()"
+                (found,) = connection.execute(query).fetchone() or ("",)
+        except BridgeError as error:  # whatever it is, it is no failure of the table
+            away = LegacyUnavailable(
+                f"forward.snapshot-standby does not answer: {str(error.__cause__ or error).strip()}",
+                hint="the snapshot goes on when it does; the stream does not wait for it",
+            )
+            away.urgent, away.retry_after = error.urgent or not error.retryable, error.retry_after
+            raise away from error
+        with connection:
             if found != system_identifier:
-                raise LegacyUnavailable(
-                    f"forward.snapshot-standby is a server of another cluster: {found}, not {system_identifier}",
-                    hint="name a physical standby of legacy.dsn",
-                )
+                raise _unusable(f"is a server of another cluster: {found}, not {system_identifier}")
             yield cls(connection)
 
     def wait(self, primary: psycopg.Connection, stop: threading.Event) -> None:
         """Return when all that is committed on `primary` by now can be seen. Raises LegacyUnavailable, Stopped."""
-        (end,) = primary.execute("SELECT pg_current_wal_insert_lsn()::text").fetchone() or ("",)
+        end, database = primary.execute(_HERE).fetchone() or ("", "")
         deadline = time.monotonic() + _PATIENCE
         while True:
-            recovers, reached = self.connection.execute(_BEHIND, [end]).fetchone() or (False, False)
+            recovers, other, reached = self.connection.execute(_BEHIND, [end]).fetchone() or (False, "", False)
             if not recovers:
-                raise LegacyUnavailable(
-                    "forward.snapshot-standby is no standby (any more)", hint="name one of the server in legacy.dsn"
-                )
+                raise _unusable("is no standby (any more): it was promoted?")
+            if other != database:
+                raise _unusable(f"names database {other}, and legacy.dsn {database}")
             if reached:
                 return
             if time.monotonic() > deadline:
@@ -71,3 +81,10 @@ class Standby:
                 )
             if stop.wait(_TICK):
                 raise Stopped
+
+
+def _unusable(why: str) -> LegacyUnavailable:
+    """Only a human can say where else to read: the primary may be what they want to spare."""
+    error = LegacyUnavailable(f"forward.snapshot-standby {why}", hint=f"{ANOTHER}. Nothing is lost")
+    error.urgent, error.retry_after = True, legacy.REFUSED
+    return error
