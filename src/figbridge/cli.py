@@ -40,12 +40,28 @@ main.add_command(dead_letters)
 @main.command()
 @_config_option
 @click.option("--only", type=click.Choice(["forward", "reverse", "relay"]), help="Run only this of what the file has.")
-def run(path: Path, only: Direction | None) -> None:
+@click.option(
+    "--stay",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Do not end where no retry helps: say why, be live and not ready, and start anew after so many seconds. For a "
+    "sidecar, whose end makes its whole pod unready.",
+)
+def run(path: Path, only: Direction | None, stay: float | None) -> None:
     """Run the bridge until SIGTERM."""
-    with _reported():
-        from figbridge import service  # noqa: PLC0415 (`--help` need not import the world)
+    from figbridge import service  # noqa: PLC0415 (`--help` need not import the world)
 
-        service.run(Config.load(path), only)
+    with _reported():  # without a file that can be read nobody knows where to listen, so nothing stays
+        config = Config.load(path)
+        parts = service.parts(config, only)
+    if not stay:
+        with _reported():
+            service.run(config, only)
+        return
+    from figbridge.stay import staying  # noqa: PLC0415
+
+    with staying(stay, config.http.address, parts) as supervisor, _reported():
+        service.run(config, only, supervisor)
 
 
 @main.command()

@@ -74,17 +74,17 @@ _log = structlog.get_logger()
 GRACE: Final = 20.0
 
 
-def run(config: Config, only: Direction | None = None) -> None:
-    """Run the bridge until SIGTERM or SIGINT.
+def run(config: Config, only: Direction | None = None, supervisor: Supervisor | None = None) -> None:
+    """Run the bridge until SIGTERM or SIGINT, or until `supervisor` is told to stop.
 
     Raises ConfigError and SetupError before anything starts, later whatever a loop failed of.
     The legacy database may start after its sidecar: it is waited for.
     """
-    directions = _directions(config, only)
+    directions = parts(config, only)
     metrics = Metrics()
     for direction in directions:
         metrics.ready.labels(direction).set(0)
-    supervisor = Supervisor(grace=GRACE)
+    supervisor = supervisor or Supervisor(grace=GRACE)
     with contextlib.ExitStack() as stack:
         stack.enter_context(supervisor.signals())
         http = HttpServer(config.http.address, metrics, parts=directions, alive=lambda: supervisor.alive)
@@ -119,7 +119,8 @@ def run(config: Config, only: Direction | None = None) -> None:
     _log.info("stopped")
 
 
-def _directions(config: Config, only: Direction | None) -> tuple[Direction, ...]:
+def parts(config: Config, only: Direction | None) -> tuple[Direction, ...]:
+    """What there is to run: the parts that are configured, or `only` one. Raises ConfigError when it is not."""
     sections: dict[Direction, object] = {
         "forward": config.forward,
         "reverse": config.reverse,

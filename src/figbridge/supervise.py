@@ -24,6 +24,7 @@ from figbridge.retry import Stopped
 _log = structlog.get_logger()
 _YOUNG: Final = 50_000  # objects made since the last look of the collector; 700 by default
 _TURN: Final = 0.0001  # seconds; 5 ms by default
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _HALT_PATIENCE: Final = 5.0  # seconds that loops get to end once they are halted
 
 
@@ -56,6 +57,7 @@ class Supervisor:
     def __init__(self, *, grace: float) -> None:
         self.stop = threading.Event()
         self.halt = threading.Event()
+        self.asked = False  # to stop, by a signal
         self._grace = grace
         self._lock = threading.Lock()
         self._errors: list[Exception] = []
@@ -91,15 +93,17 @@ class Supervisor:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop softly, a second one hard."""
+        """SIGTERM and SIGINT stop softly, a second one hard. One that waits, blocked, since before is heard, too."""
 
         def handle(number: int, _frame: FrameType | None) -> None:
+            self.asked = True
             if self.stop.is_set():
                 self.halt.set()
             _log.info("stopping", signal=signal.Signals(number).name, hard=self.halt.is_set())
             self.stop.set()
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield
         finally:

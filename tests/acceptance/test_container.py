@@ -172,7 +172,7 @@ def test_the_image_runs_both_directions_as_kubernetes_would(
         shop.execute(line)
     docker("run", "--rm", *options, image, "check", "-c", FILE)
     name = f"figbridge-{uuid.uuid4().hex[:8]}"
-    docker("run", "-d", "--name", name, *options, image)
+    docker("run", "-d", "--name", name, *options, image, *bridge.get("args", []))
     try:
         until(lambda: get(port, bridge["livenessProbe"]["httpGet"]["path"])[0] == 200, 60, lambda: log(name))
         until(lambda: get(port, "/readyz")[0] == 200, 60, lambda: log(name))

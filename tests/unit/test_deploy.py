@@ -232,6 +232,8 @@ def test_an_unready_bridge_does_not_take_the_database_of_its_pod_out_of_service(
     pods = dict(PODS)
 
     assert "readinessProbe" not in _container(pods["sidecar/StatefulSet"])
+    # nor by its end: a pod is ready only while each of its containers runs
+    assert _container(pods["sidecar/StatefulSet"])["args"][:2] == ["run", "--stay"]
     assert "readinessProbe" in _container(pods["deployment/Deployment"])
 
 

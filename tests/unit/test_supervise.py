@@ -1,4 +1,5 @@
 import gc
+import signal
 import sys
 import threading
 import time
@@ -7,7 +8,7 @@ import pytest
 
 from figbridge.errors import SlotLost
 from figbridge.retry import Stopped
-from figbridge.supervise import Supervisor, tune
+from figbridge.supervise import SIGNALS, Supervisor, tune
 
 
 class Obedient:
@@ -53,6 +54,16 @@ def test_several_failures_are_raised_together() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         Supervisor(grace=5).run([Failing(SlotLost("one")), Failing(SlotLost("two"))])
     assert {str(error) for error in caught.value.exceptions} == {"one", "two"}
+
+
+def test_a_signal_that_came_while_it_was_blocked_is_heard() -> None:
+    supervisor = Supervisor(grace=5)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.raise_signal(signal.SIGTERM)
+    assert not supervisor.asked
+    with supervisor.signals():
+        assert supervisor.stop.wait(5)
+    assert supervisor.asked
 
 
 def test_stopped_is_a_clean_end() -> None:
