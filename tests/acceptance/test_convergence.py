@@ -1,11 +1,12 @@
 """Both systems write the same rows, both directions run, and in the end both have the same; no lost write is a secret.
 
 A real bridge, killed meanwhile, between a legacy database with applications of its own and a new system that hears of
-it through events alone. One table for each policy. A trigger keeps the history of each row, and by it the conflicts are
-judged: what of a system's writes is not there, or was overwritten unseen, has a record, and nothing else has one.
+it through events alone. One table for each policy; rows are made, changed, removed and given another key by both sides
+(`fixtures.two_sided` says what each policy can settle). A trigger keeps the history of each row, and by it the
+conflicts are judged: what of a system's writes is not there, or was overwritten unseen, has a record, and nothing else
+has one.
 """
 
-import json
 import os
 import random
 import subprocess
@@ -14,258 +15,133 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import boto3
 import psycopg
 import pytest
 import yaml
 
-from figbridge.event import Event
-from figbridge.transports.local import LocalSink, LocalSource
 from fixtures.bridge import Bridge
 from fixtures.clock import until
-from fixtures.postgres import Database
+from fixtures.postgres import Database, Servers
+from fixtures.two_sided import SCHEMA, TABLES, UNIQUE, Row
+from fixtures.two_systems import SOURCE, Legacy, LocalWire, Meeting, NewSystem, Sent, SqsWire, Wire
 
-ROWS, WRITERS, KILLS, ENOUGH = 4, 2, 2, 12  # conflicts of each policy
-Row = dict[str, Any]
-VALUE = {"v": "detail.after.v"}
-SEEN = {"v": "detail.before.v"}
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table, its rules, and how the new system takes a legacy event: from (own row, before, after) to its own row."""
-
-    columns: tuple[str, ...]
-    set: dict[str, str]
-    conflicts: dict[str, Any]
-    hears: Callable[[Row, Row, Row], Row]
+WRITERS = 2
+KINDS = {"update_conflict", "insert_exists", "update_missing", "update_deleted", "delete_missing"}
+Records = dict[tuple[str, int], Row]
 
 
-def _takes(_own: Row, _before: Row, after: Row) -> Row:
-    return after
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_both_sides_end_up_equal_and_no_lost_write_is_a_secret(
+    each_database: Database, servers: Servers, tmp_path: Path, chance: random.Random
+) -> None:
+    bus = str(tmp_path / "bus.sqlite")
+    ways: dict[str, Row] = {
+        "sink": {"type": "local", "path": bus},
+        "source": {"type": "local", "path": bus, "subscriber": "bridge", "sources": [SOURCE]},
+    }
+    newest = each_database.version == max(servers.versions)
+    much = {"kills": 2, "enough": 8} if newest else {"kills": 1, "enough": 1}
+    _converge(each_database, tmp_path, chance, ways, lambda: LocalWire(tmp_path / "bus.sqlite"), **much)
 
 
-def _takes_what_changed(own: Row, before: Row, after: Row) -> Row:
-    return own | {column: value for column, value in after.items() if value != before[column]}
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_both_sides_end_up_equal_over_queues(
+    database: Database, tmp_path: Path, chance: random.Random, aws_endpoint: str
+) -> None:
+    """FIFO queues both ways, because what is compared with what was seen must come in the order in which it was made.
 
-
-TABLES: dict[str, Table] = {
-    "new_wins": Table(
-        ("v", "seq"),
-        VALUE | {"seq": "detail.number"},
-        {"policy": "new_wins", "before": SEEN},
-        lambda own, _before, after: after if after["seq"] >= own["seq"] else own,
-    ),
-    "legacy_wins": Table(("v",), VALUE, {"policy": "legacy_wins", "before": SEEN}, _takes),
-    "reject": Table(("v",), VALUE, {"policy": "reject", "before": SEEN}, _takes),
-    "version_wins": Table(
-        ("v", "version"),
-        VALUE | {"version": "detail.after.version"},
-        {
-            "policy": "version_wins",
-            "before": SEEN,
-            "version": {"column": "version", "new": "detail.after.version"},
-        },
-        lambda own, _before, after: after if after["version"] >= own["version"] else own,
-    ),
-    "merge_columns": Table(
-        ("a", "b"),
-        {"a": "detail.after.a", "b": "detail.after.b"},
-        {
-            "policy": "merge_columns",
-            "tie": "legacy_wins",
-            "before": {"a": "detail.before.a", "b": "detail.before.b"},
-        },
-        _takes_what_changed,
-    ),
-    "delta": Table(
-        ("n",),
-        {"n": "detail.after.n"},
-        {"policy": "delta", "before": {"n": "detail.before.n"}},
-        lambda own, before, after: own | {"n": own["n"] + after["n"] - before["n"]},
-    ),
-    "expression": Table(
-        ("n",),
-        {"n": "detail.after.n"},
-        {
-            "policy": "reject",
-            "before": {"n": "detail.before.n"},
-            "groups": [{"columns": "n", "sql": "greatest(current.n, new.n)"}],
-        },
-        lambda own, _before, after: own | {"n": max(own["n"], after["n"])},
-    ),
-}
-UNIQUE = ("new_wins", "legacy_wins", "reject", "version_wins")  # each write of theirs has a value of its own
-
-SCHEMA = """
-    CREATE SCHEMA shop;
-    CREATE TABLE shop.history (
-        place bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, name text, writer text, id int, before json, after json
-    );
-    CREATE FUNCTION shop.remember() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-        INSERT INTO shop.history (name, writer, id, before, after) VALUES
-            (TG_TABLE_NAME, current_setting('application_name'), NEW.id, row_to_json(OLD), row_to_json(NEW));
-        RETURN NEW;
-    END $$;
-""" + "".join(
-    f"""
-    CREATE TABLE shop.{name} (
-        id int PRIMARY KEY, v bigint NOT NULL DEFAULT 0, seq int NOT NULL DEFAULT 0, version int NOT NULL DEFAULT 0,
-        a bigint NOT NULL DEFAULT 0, b bigint NOT NULL DEFAULT 0, n bigint NOT NULL DEFAULT 0
-    );
-    ALTER TABLE shop.{name} REPLICA IDENTITY FULL;
-    INSERT INTO shop.{name} (id) SELECT generate_series(1, {ROWS});
-    CREATE TRIGGER remember AFTER UPDATE ON shop.{name} FOR EACH ROW EXECUTE FUNCTION shop.remember();
+    Nobody is killed: of messages that become visible by themselves, the emulator hands out the last of a group first.
     """
-    for name in TABLES
-)
-
-
-def _configuration(database: Database, directory: Path) -> dict[str, Any]:
-    mappings = [
-        {
-            "match": {"source": "shop.next", "detail-type": name},
-            "into": f"shop.{name}",
-            "action": "update",
-            "key": {"id": "detail.id"},
-            "set": table.set,
-            "conflicts": table.conflicts,
-            "idempotency_key": "detail.change",
-            "version": "detail.number",
-        }
-        for name, table in TABLES.items()
+    client: Any = boto3.client("sqs", endpoint_url=aws_endpoint)
+    urls = [
+        client.create_queue(QueueName=f"{name}.fifo", Attributes={"FifoQueue": "true"})["QueueUrl"]
+        for name in ("to-bridge", "from-bridge")
     ]
-    bus = str(directory / "bus.sqlite")
+    aws = {"type": "sqs", "region": "eu-west-1", "endpoint_url": aws_endpoint}
+    ways: dict[str, Row] = {
+        "source": {**aws, "queue_url": urls[0], "visibility-timeout": 5},
+        "sink": {**aws, "queue_url": urls[1]},
+    }
+    _converge(database, tmp_path, chance, ways, lambda: SqsWire(client, *urls), kills=0, enough=2, pause=0.2)
+
+
+def _converge(
+    database: Database,
+    directory: Path,
+    chance: random.Random,
+    ways: dict[str, Row],
+    wire: Callable[[], Wire],
+    *,
+    kills: int,
+    enough: int,
+    pause: float = 0.02,
+) -> None:
+    """`enough` conflicts in each table, `kills` of the bridge meanwhile."""
+    database.execute(SCHEMA)
+    config = directory / "bridge.yaml"
+    config.write_text(yaml.safe_dump(_configuration(database, ways)))
+    environment = {"LEGACY_DSN": database.dsn}
+    subprocess.run(
+        [sys.executable, "-m", "figbridge", "init", "-c", str(config)],
+        env={**os.environ, **environment, "HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60,
+    )  # fmt: skip
+    meeting, stop = Meeting(), threading.Event()
+    system = NewSystem(wire(), random.Random(chance.random()), meeting)
+    writers = [
+        Legacy(number, database.dsn, random.Random(chance.random()), meeting, stop, pause=pause)
+        for number in range(1, WRITERS + 1)
+    ]
+    thread = threading.Thread(target=system.run, daemon=True)
+    thread.start()
+    with Bridge(config, directory / "log", environment=environment) as bridge, database.connect() as watch:
+        bridge.until_ready(60)
+
+        def had(least: int) -> bool:
+            assert system.error is None, system.error
+            return min(_conflicts(watch).values()) >= least
+
+        with _working(writers, system, stop):
+            for kill in range(1, kills + 1):
+                until(lambda kill=kill: had(enough * kill // (kills + 1)), 90, bridge.log[-3000:])  # type: ignore[misc]
+                bridge.kill()
+                bridge.until_ready(60)
+            until(
+                lambda: had(enough) and len(KINDS - _kinds(watch)) <= 1,
+                90,
+                lambda: f"{_conflicts(watch)} {_kinds(watch)}\n{bridge.log[-3000:]}",
+            )
+        _drained(database, system)
+        assert bridge.terminate() == 0
+    system.ending.set()
+    thread.join(10)
+    assert system.error is None
+    for name, table in TABLES.items():
+        listed = ", ".join(table.columns)
+        legacy = {row[0]: row[1:] for row in database.execute(f"SELECT id, {listed} FROM shop.{name}")}
+        new = {key: tuple(row[column] for column in table.columns) for key, row in system.rows(name).items()}
+        assert new == legacy, name
+    _no_loop(database, system)
+    records = _no_secret(database, system)
+    ours = Counter(sent.kind for sent in system.sent)
+    print(f"{len(system.heard)} legacy writes, {dict(ours)} of the new system, {len(records)} conflicts")
+
+
+def _configuration(database: Database, ways: dict[str, Row]) -> dict[str, Any]:
     return {
         "legacy": {"dsn": "${LEGACY_DSN}", "slot": database.slot, "tables": [f"shop.{name}" for name in TABLES]},
-        "forward": {"sink": {"type": "local", "path": bus}},
+        "forward": {"sink": ways["sink"]},
         "reverse": {
-            "source": {"type": "local", "path": bus, "subscriber": "bridge", "sources": ["shop.next"]},
-            "mappings": mappings,
+            "source": ways["source"],
+            "mappings": [mapping for name, table in TABLES.items() for mapping in table.mappings(name)],
         },
         "http": {"listen": "${HTTP_LISTEN}"},
     }
-
-
-def _written(name: str, row: Row, chance: random.Random, unique: int) -> Row:
-    """What a system writes next to a row: the columns that change."""
-    match name:
-        case "merge_columns":
-            return {chance.choice("ab"): unique}
-        case "delta" | "expression":
-            return {"n": row["n"] + chance.randint(1, 9)}
-        case "version_wins":
-            return {"v": unique, "version": row["version"] + 1}
-    return {"v": unique}
-
-
-class Legacy(threading.Thread):
-    """A legacy application. Its unique values are odd."""
-
-    def __init__(self, number: int, dsn: str, stop: threading.Event) -> None:
-        super().__init__(name=f"legacy-{number}", daemon=True)
-        self._dsn, self._done, self._chance = dsn, stop, random.Random(number)
-        self._unique = number * 10**9 + 1
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            with psycopg.connect(self._dsn, application_name="legacy") as connection:
-                while not self._done.wait(self._chance.random() * 0.02):
-                    try:
-                        self._work(connection)
-                        connection.commit()
-                    except psycopg.errors.DeadlockDetected:  # with the bridge, as between any two clients
-                        connection.rollback()
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def _work(self, connection: psycopg.Connection) -> None:
-        for _ in range(self._chance.choice([1, 1, 2])):
-            name, identity = self._chance.choice(list(TABLES)), self._chance.randint(1, ROWS)
-            self._unique += 2
-            found = connection.execute(
-                f"SELECT n, version FROM shop.{name} WHERE id = %s FOR UPDATE", [identity]
-            ).fetchone()
-            assert found is not None
-            changes = _written(name, {"n": found[0], "version": found[1]}, self._chance, self._unique)
-            columns = ", ".join(f"{column} = %s" for column in changes)
-            connection.execute(f"UPDATE shop.{name} SET {columns} WHERE id = %s", [*changes.values(), identity])
-
-
-@dataclass
-class Sent:
-    """An event of the new system."""
-
-    change: str
-    name: str
-    id: int
-    before: Row
-    after: Row
-
-
-@dataclass
-class NewSystem:
-    """Hears legacy events, acts by itself, and remembers what it sent. Its unique values are even."""
-
-    path: Path
-    rows: dict[tuple[str, int], Row] = field(default_factory=dict)
-    sent: list[Sent] = field(default_factory=list)
-    heard: dict[str, Row] = field(default_factory=dict)
-    error: BaseException | None = None
-
-    def __post_init__(self) -> None:
-        self.acting, self.ending = threading.Event(), threading.Event()
-        self._numbers: Counter[tuple[str, int]] = Counter()
-        self._chance = random.Random(5)
-        for name in TABLES:
-            for identity in range(1, ROWS + 1):
-                self.rows[name, identity] = dict.fromkeys(("v", "seq", "version", "a", "b", "n"), 0)
-
-    def run(self) -> None:
-        try:
-            sink = LocalSink(self.path)
-            source = LocalSource(self.path, subscriber="new-system", sources=["legacy.*"])
-            while not self.ending.is_set():
-                deliveries = source.receive(wait=self._chance.random() * 0.02)
-                for delivery in deliveries:
-                    self._hear(json.loads(delivery.body)["detail"])
-                source.acknowledge(deliveries)
-                if self.acting.is_set():
-                    sink.publish(self._act())
-            source.close()
-            sink.close()
-        except BaseException as error:
-            self.error = error
-            raise
-
-    def _hear(self, detail: Row) -> None:
-        if detail["id"] in self.heard:
-            return
-        self.heard[detail["id"]] = detail
-        at = detail["table"], detail["key"]["id"]
-        told = {column: detail["after"][column] for column in self.rows[at]}
-        before = {column: detail["before"][column] for column in self.rows[at]}
-        self.rows[at] = TABLES[detail["table"]].hears(self.rows[at], before, told)
-
-    def _act(self) -> list[Event]:
-        at = name, identity = self._chance.choice(list(TABLES)), self._chance.randint(1, ROWS)
-        own, number = self.rows[at], len(self.sent) + 1
-        self._numbers[at] += 1
-        after = own | _written(name, own, self._chance, number * 2) | {"seq": self._numbers[at]}
-        change = f"change-{number}"
-        self.sent.append(Sent(change, name, identity, own, after))
-        self.rows[at] = after
-        detail = {"id": identity, "change": change, "number": self._numbers[at], "before": own, "after": after}
-        body, now = json.dumps(detail).encode(), datetime.now(UTC)
-        # every fifth twice, under another id
-        copies = range(2 if number % 5 == 0 else 1)
-        return [Event(f"{change}-{copy}", "shop.next", name, f"{at}", now, body) for copy in copies]
 
 
 @contextmanager
@@ -284,52 +160,13 @@ def _working(writers: list[Legacy], system: NewSystem, stop: threading.Event) ->
         assert writer.error is None, f"{writer.name} failed: {writer.error}"
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_both_sides_end_up_equal_and_no_lost_write_is_a_secret(database: Database, tmp_path: Path) -> None:
-    database.execute(SCHEMA)
-    config = tmp_path / "bridge.yaml"
-    config.write_text(yaml.safe_dump(_configuration(database, tmp_path)))
-    environment = {"LEGACY_DSN": database.dsn}
-    subprocess.run(
-        [sys.executable, "-m", "figbridge", "init", "-c", str(config)],
-        env={**os.environ, **environment, "HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60,
-    )  # fmt: skip
-    stop, system = threading.Event(), NewSystem(tmp_path / "bus.sqlite")
-    writers = [Legacy(number, database.dsn, stop) for number in range(1, WRITERS + 1)]
-    thread = threading.Thread(target=system.run, daemon=True)
-    thread.start()
-    with Bridge(config, tmp_path / "log", environment=environment) as bridge:
-        bridge.until_ready(60)
-        with _working(writers, system, stop):
-            for kill in range(1, KILLS + 1):
-                until(lambda kill=kill: _least(database) >= ENOUGH * kill // (KILLS + 1), 90, bridge.log[-3000:])  # type: ignore[misc]
-                bridge.kill()
-                bridge.until_ready(60)
-            until(lambda: _least(database) >= ENOUGH, 90, lambda: f"{_conflicts(database)}\n{bridge.log[-3000:]}")
-        _drained(database, system)
-        assert bridge.terminate() == 0
-    system.ending.set()
-    thread.join(10)
-    assert system.error is None
-    for name, table in TABLES.items():
-        listed = ", ".join(table.columns)
-        legacy = {row[0]: row[1:] for row in database.execute(f"SELECT id, {listed} FROM shop.{name}")}
-        new = {i: tuple(system.rows[name, i][column] for column in table.columns) for i in range(1, ROWS + 1)}
-        assert new == legacy, name
-    _no_loop(database, system)
-    _no_secret(database, system)
-    print(f"{len(system.heard)} legacy writes, {len(system.sent)} of the new system, conflicts: {_conflicts(database)}")
-
-
-def _conflicts(database: Database) -> dict[str, int]:
+def _conflicts(watch: psycopg.Connection) -> dict[str, int]:
     query = "SELECT split_part(table_name, '.', 2), count(*) FROM figbridge.conflict GROUP BY 1"
-    return dict(database.execute(query))
+    return dict.fromkeys(TABLES, 0) | dict(watch.execute(query).fetchall())
 
 
-def _least(database: Database) -> int:
-    found = _conflicts(database)
-    return min(found.get(name, 0) for name in TABLES)
+def _kinds(watch: psycopg.Connection) -> set[str]:
+    return {kind for (kind,) in watch.execute("SELECT DISTINCT kind FROM figbridge.conflict")}
 
 
 def _drained(database: Database, system: NewSystem) -> None:
@@ -346,63 +183,101 @@ def _drained(database: Database, system: NewSystem) -> None:
 
 
 def _no_loop(database: Database, system: NewSystem) -> None:
-    """What left is what the legacy applications wrote, in their order, and nothing of ours."""
-    history = database.execute("SELECT name, id, after FROM shop.history WHERE writer = 'legacy' ORDER BY place")
-    for name in TABLES:
-        for identity in range(1, ROWS + 1):
-            wrote = [after for table, row, after in history if (table, row) == (name, identity)]
-            heard = [
-                detail["after"]
-                for detail in system.heard.values()
-                if (detail["table"], detail["key"]["id"]) == (name, identity)
-            ]
-            assert heard == wrote, (name, identity)
-
-
-def _no_secret(database: Database, system: NewSystem) -> None:
-    records = {
-        change: (kind, decision, expected, before, after)
-        for change, kind, decision, expected, before, after in database.execute(
-            "SELECT idempotency_key, kind, decision, expected, before, after FROM figbridge.conflict"
-        )
-    }
-    assert {kind for kind, *_ in records.values()} == {"update_conflict"}
-    assert len(records) == database.execute("SELECT count(*) FROM figbridge.conflict")[0][0], "one for each event"
+    """What left is what the legacy applications wrote, in their order for each key, and nothing of ours."""
     history = database.execute(
-        "SELECT name, id, before, after FROM shop.history WHERE writer LIKE 'figbridge%' ORDER BY place"
+        "SELECT name, id, op, before, after FROM shop.history WHERE writer = 'legacy' ORDER BY place"
+    )
+    wrote: dict[tuple[str, int], list[Any]] = {}
+    heard: dict[tuple[str, int], list[Any]] = {}
+    for name, key, op, before, after in history:
+        wrote.setdefault((name, key), []).append((op, before, after))
+    for detail in system.heard.values():
+        told = detail["op"], detail["before"], detail["after"]
+        heard.setdefault((detail["table"], detail["key"]["id"]), []).append(told)
+    assert heard == wrote
+
+
+def _no_secret(database: Database, system: NewSystem) -> Records:
+    names = ("kind", "decision", "expected", "before", "after")
+    found = database.execute(f"SELECT idempotency_key, statement, {', '.join(names)} FROM figbridge.conflict")
+    records: Records = {(change, number): dict(zip(names, it, strict=True)) for change, number, *it in found}
+    assert len(records) == len(found), "one for each statement"
+    history = database.execute(
+        "SELECT name, op, id, before, after FROM shop.history WHERE writer LIKE 'figbridge%' ORDER BY place"
     )
     for sent in system.sent:
-        if sent.name in UNIQUE:
-            _explained(sent, [it for it in history if it[3]["v"] == sent.after["v"]], records.get(sent.change))
-        elif sent.name == "merge_columns":
-            (column,) = [it for it in "ab" if sent.after[it] != sent.before[it]]
-            applied = any(it[3][column] == sent.after[column] for it in history if it[0] == sent.name)
-            if not applied:
-                assert records[sent.change][1] in {"legacy", "merged"}
-        elif sent.name == "expression" and sent.change not in records:
-            values = sent.id, sent.before["n"], sent.after["n"]
-            assert values in [(it[1], it[2]["n"], it[3]["n"]) for it in history if it[0] == sent.name]
-    for sent in system.sent:
-        if sent.name in {"delta", "expression"} and sent.change in records:
-            _, _, expected, before, after = records[sent.change]
-            assert before["n"] != expected["n"] == sent.before["n"]
-            added = before["n"] + sent.after["n"] - expected["n"]
-            assert after["n"] == (added if sent.name == "delta" else max(before["n"], sent.after["n"]))
-    sums = [sent.after["n"] - sent.before["n"] for sent in system.sent if sent.name == "delta"]
-    wrote = [after["n"] - before["n"] for table, _, before, after in history if table == "delta"]
-    assert sorted(sums) == sorted(wrote), "each of the new system's sums was added once"
+        removes, writes = sent.kind in {"removed", "moved"}, sent.kind != "removed"
+        if removes:
+            gone = [(it[3], None) for it in history if it[:3] == (sent.name, "delete", sent.id)]
+            _removed(sent, gone, records.get((sent.change, 1)))
+        if writes and sent.name in UNIQUE:
+            there = [it[3:] for it in history if it[0] == sent.name and it[4] and it[4]["v"] == sent.after["v"]]
+            _written(sent, there, records.get((sent.change, 2 if removes else 1)))
+        elif sent.name == "merge_columns" and sent.kind == "changed":
+            (column,) = [it for it in "ab" if sent.before and sent.after[it] != sent.before[it]]
+            applied = any(it[4] and it[4][column] == sent.after[column] for it in history if it[0] == sent.name)
+            assert applied or records[sent.change, 1]["decision"] in {"legacy", "merged"}
+    _no_secret_sum([it for it in system.sent if it.kind == "changed"], records, history)
+    return records
 
 
-def _explained(sent: Sent, written: list[Any], record: Any) -> None:
-    """A write that is not there, or that overwrote what it had not seen, has a record; another one has none."""
-    if not written:
-        assert record is not None, sent
-        assert record[1] in {"legacy", "rejected"}
-        assert record[3]["v"] != sent.before["v"], "the row was as the new system had seen it"
-        return
-    ((*_, before, _),) = written
-    if before["v"] == sent.before["v"]:
-        assert record is None, sent
+def _removed(sent: Sent, gone: list[Any], record: Row | None) -> None:
+    """A row that is still there, or that went although it was another one, has a record; another one has none."""
+    column = "v" if sent.name in UNIQUE else "b" if sent.name == "merge_columns" else "n"
+    assert sent.before
+    if record is None:
+        assert sent.before[column] in [before[column] for before, _ in gone], sent
+    elif record["decision"] == "new":
+        assert record["before"][column] in [before[column] for before, _ in gone], "what went is kept"
+    elif record["kind"] == "delete_missing":
+        assert record["before"] is None, sent
     else:
-        assert record[1] == "new"
-        assert record[3]["v"] == before["v"], "what was overwritten is kept"
+        assert (record["kind"], record["decision"] in {"legacy", "rejected"}) == ("update_conflict", True), sent
+        assert record["before"][column] != sent.before[column], "the row was as the new system had seen it"
+
+
+def _written(sent: Sent, there: list[Any], record: Row | None) -> None:
+    """A write that is not there, or that overwrote what it had not seen, has a record; another one has none."""
+    absent = {"update_missing", "update_deleted"}
+    if not there:
+        assert record is not None, sent
+        assert record["decision"] in {"legacy", "rejected"}, sent
+        if sent.kind != "changed":
+            assert record["kind"] == "insert_exists", sent
+        elif record["kind"] not in absent:
+            assert sent.before
+            assert record["before"]["v"] != sent.before["v"], "the row was as the new system had seen it"
+        return
+    ((before, _),) = there
+    seen = sent.before if sent.kind == "changed" else None
+    if (before and before["v"]) == (seen and seen["v"]):
+        assert record is None, sent
+        return
+    assert record is not None, sent
+    assert record["decision"] == "new"
+    assert record["before"] == before or record["before"]["v"] == before["v"], "what was overwritten is kept"
+
+
+def _no_secret_sum(changes: list[Sent], records: Records, history: list[Any]) -> None:
+    added = []
+    for sent in changes:
+        record = records.get((sent.change, 1))
+        if sent.name not in {"delta", "expression"}:
+            continue
+        assert sent.before
+        if record is None:
+            values = sent.id, sent.before["n"], sent.after["n"]
+            wrote = [(it[2], it[3]["n"], it[4]["n"]) for it in history if it[:2] == (sent.name, "update")]
+            assert values in wrote, sent
+        elif record["before"] is None:
+            assert (record["kind"], record["decision"]) in {("update_missing", "legacy"), ("update_deleted", "legacy")}
+            continue
+        else:
+            before, expected = record["before"], record["expected"]
+            assert before["n"] != expected["n"] == sent.before["n"]
+            total = before["n"] + sent.after["n"] - expected["n"]
+            assert record["after"]["n"] == (total if sent.name == "delta" else max(before["n"], sent.after["n"]))
+        if sent.name == "delta":
+            added.append(sent.after["n"] - sent.before["n"])
+    wrote = [it[4]["n"] - it[3]["n"] for it in history if it[:2] == ("delta", "update")]
+    assert sorted(added) == sorted(wrote), "each of the new system's sums was added once"
