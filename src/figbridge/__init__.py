@@ -22,7 +22,7 @@ forward/publish.py     events → sink, in order per key, retried, dead-lettered
 delivery/              several requests in flight to a sink, and no key reordered
 forward/checkpoint.py  completed in any order, acknowledged in order
 forward/unroll.py      runs of plain rows, from bytes to events in one compiled function
-forward/capture.py     the loop that reads; buffer.py lies between the two
+forward/capture.py     the loop that reads; handover.py, buffer.py: its batches on their way to the other; status.py
 forward/versions.py    which schema each table had from where on; guard.py: is the slot the one we left?
 forward/heartbeat.py   a message that goes the whole way and is timed; messages.py, outbox.py: what else may leave
 forward/snapshot/      the rows that were there before the slot, between watermarks in the stream

@@ -107,7 +107,7 @@ class Fed:
         assert isinstance(capture, Capture)
         capture._shaper.rewind()
         capture._echo.begin(datetime.now(UTC))
-        list(capture._counted())  # as each connection begins
+        capture._handover.forget()  # as each connection begins
         buffer, opened = self._forward.buffer, _Open("1-slot")
         buffer._batches.clear()
         if lanes:
@@ -116,7 +116,7 @@ class Fed:
             for message in messages:
                 capture._one(message, opened)
         # a keepalive hands over what was before it
-        return [*(event for batch in buffer._batches for event in batch.events), *opened.events]
+        return [*(event for batch in buffer._batches for event in batch.events), *capture._handover.events]
 
 
 @pytest.fixture

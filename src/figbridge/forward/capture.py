@@ -6,9 +6,7 @@ bug: the server cuts the connection of a client that is merely waiting for its s
 """
 
 import threading
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -26,19 +24,20 @@ from figbridge.change import (
     timestamp,
 )
 from figbridge.errors import BridgeError, DecodeError
-from figbridge.event import Event, Rejection
-from figbridge.forward.buffer import Batch, Buffer
+from figbridge.event import Event
+from figbridge.forward.buffer import Buffer
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.decode import Decoder, Message
 from figbridge.forward.echo import EchoFilter
+from figbridge.forward.handover import Handover
 from figbridge.forward.heartbeat import Heartbeats
 from figbridge.forward.messages import Messages
 from figbridge.forward.pingpong import held
 from figbridge.forward.shape import Shaper
 from figbridge.forward.snapshot import PREFIX as SNAPSHOT
-from figbridge.forward.snapshot.reads import Reads
-from figbridge.forward.snapshot.window import Window, Windows
+from figbridge.forward.snapshot.window import Windows
 from figbridge.forward.source import KEEPALIVE, PAYLOAD, XLOG_DATA, ReplicationSource, read_keepalive
+from figbridge.forward.status import Status
 from figbridge.forward.unroll import HEAD
 from figbridge.forward.versions import VersionStore
 from figbridge.metrics import Metrics
@@ -47,25 +46,18 @@ from figbridge.retry import persist
 _log = structlog.get_logger()
 
 _BATCH = 500  # events, about, that are handed over while more keep coming; fewer would wake the other loop too often
-_EVENT_OVERHEAD = 520  # bytes of one buffered event beside its detail: measured with tracemalloc, rounded up
-_STATUS_INTERVAL = 10.0  # PostgreSQL's own wal_receiver_status_interval
 _STOP_LATENCY = 0.5  # at most this long until a quiet loop sees that it is to stop
 _RECONNECT = 0.2  # seconds before a new connection after a lost one; failures to connect back off further
 _LOOK_AGAIN = 2.0  # seconds between two such failures, at most: an application comes back from a failover as soon
-_STATUS_PROGRESS = 0.2  # at most this long after an acknowledgement the server learns of it
 
 
 @dataclass(slots=True)
 class _Open:
-    """What one connection knows: its decoder, its open transaction, and the batch that is being filled."""
+    """What one connection knows: its decoder and its open transaction."""
 
     identity: str
     decoder: Decoder = field(default_factory=Decoder)
     begin: Begin | None = None
-    events: list[Event] = field(default_factory=list)
-    partial: set[int] = field(default_factory=set)
-    tables: dict[int, str] = field(default_factory=dict)
-    server_end: int = 0
 
 
 class Capture:
@@ -101,12 +93,8 @@ class Capture:
         self._checkpoint = checkpoint
         self._metrics = metrics
         self._halt = halt
-        # rows since the last batch, by operation and table: two lookups of small keys, as this is done for each row
-        self._counts: dict[Operation, defaultdict[int, int]] = {it: defaultdict(int) for it in Operation}
-        self._echoes = 0
-        self._commit_end = Lsn(0)
-        self._reported = Lsn(0)
-        self._last_status = 0.0
+        self._handover = Handover(shaper, echo, buffer, checkpoint, metrics)
+        self._status = Status(source, checkpoint, heartbeats, metrics)
 
     def run(self, stop: threading.Event) -> None:
         """Stream until `stop`, through any number of connections; then drain, acknowledge and end.
@@ -160,46 +148,43 @@ class Capture:
         opened = _Open(f"{identity.system_identifier}-{self._slot}")
         # What the last connection had read and not handed over comes again: forget that it was seen, or its commits
         # would be acknowledged before its events are durable.
-        self._commit_end = self._checkpoint.tracked
+        self._handover.forget()
         self._shaper.rewind()
         self._windows.interrupted()
-        self._echoes = 0
-        for _ in self._counted():
-            pass
-        self._last_status = time.monotonic()
-        interval = min(_STATUS_INTERVAL, self._source.sender_timeout / 4)
+        status = self._status
+        status.opened()
         while not stop.is_set():
-            asked = self._read_what_arrived(opened, interval)
-            self._status(opened, interval, at_once=asked)
-            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=not self._buffer.full)
+            asked = self._read_what_arrived(opened)
+            status.send(at_once=asked)
+            self._source.wait(min(_STOP_LATENCY, status.until_due()), reading=not self._buffer.full)
         self._buffer.close()
         _log.info("stopped reading, draining", batches=self._checkpoint.pending)
         while self._checkpoint.pending and not self._buffer.abandoned and not self._halt.is_set():
-            self._status(opened, interval, at_once=False)
-            self._source.wait(min(_STOP_LATENCY, self._until_status(interval)), reading=False)
-        self._status(opened, interval, at_once=True)
+            status.send()
+            self._source.wait(min(_STOP_LATENCY, status.until_due()), reading=False)
+        status.send(at_once=True)
         self._source.finish()
 
-    def _read_what_arrived(self, opened: _Open, interval: float) -> bool:
+    def _read_what_arrived(self, opened: _Open) -> bool:
         """Read until nothing is there, the buffer is full or a status is due; whether the server wants one at once.
 
         A server that is faster than we are always has more, and ends a client of which it hears nothing.
         """
         asked = False
-        while not asked and not self._buffer.full and self._until_status(interval) > 0:
+        while not asked and not self._buffer.full and self._status.until_due() > 0:
             messages = self._source.receive()
             if not messages:
                 break
             asked = self._take(messages, opened)
-            if len(opened.events) >= _BATCH:
-                self._hand_over(opened)
-        self._hand_over(opened)
+            if len(self._handover.events) >= _BATCH:
+                self._handover.give()
+        self._handover.give()
         return asked
 
     def _take(self, messages: Sequence[bytes], opened: _Open) -> bool:
         """The inner loop: what is written here, each change of the legacy database pays for."""
         asked = False
-        lanes, rest = self._shaper.lanes, iter(messages)
+        lanes, rest, handover = self._shaper.lanes, iter(messages), self._handover
         noting, unkeyed, watched = self._windows.open, self._windows.unkeyed, self._echo.watched
         message = next(rest, b"")
         while message:
@@ -212,13 +197,13 @@ class Capture:
                 and lane[1] not in watched
             ):
                 operation, table, run = lane
-                first, append = opened.decoder.ordinal, opened.events.append
-                before = len(opened.events)
+                first, append = opened.decoder.ordinal, handover.events.append
+                before = len(handover.events)
                 message, opened.decoder.ordinal = run(message, rest, first, self._shaper.stamp, append)
                 if taken := opened.decoder.ordinal - first:
-                    self._counts[operation][table] += taken
+                    handover.counts[operation][table] += taken
                     if (window := noting.get(table)) is not None:
-                        window.events(opened.events[before:])
+                        window.events(handover.events[before:])
                     continue
             asked = self._one(message, opened) or asked
             message = next(rest, b"")
@@ -253,12 +238,13 @@ class Capture:
         return False
 
     def _row(self, change: Change, opened: _Open) -> None:
-        self._counts[change.operation][change.relation.oid] += 1
+        handover = self._handover
+        handover.counts[change.operation][change.relation.oid] += 1
         dropped = self._echo.drops(change)
         if self._windows.open:
             self._windows.row(change, dropped=dropped)
         if dropped:
-            self._echoes += 1
+            handover.echoes += 1
             return
         if self._echo.ours:
             self._attribute(opened)
@@ -267,14 +253,14 @@ class Capture:
             event = held(event)
             self._metrics.ping_pongs.labels("forward").inc()
         if change.unsent or self._shaper.announced or change.operation is Operation.TRUNCATE:
-            opened.partial.add(change.relation.oid)
+            handover.partial.add(change.relation.oid)
         if self._shaper.announced:
-            opened.events += self._shaper.announced
+            handover.events += self._shaper.announced
             self._shaper.announced = []
         if isinstance(event, Event):
-            opened.events.append(event)
+            handover.events.append(event)
         elif event is not None:
-            self._refuse(event, opened)
+            handover.refuse(event)
 
     def _begun(self, begin: Begin, opened: _Open) -> None:
         self._echo.begin(begin.committed_at)
@@ -284,15 +270,15 @@ class Capture:
 
     def _committed(self, end: Lsn, opened: _Open) -> None:
         if self._windows.closing:
-            self._windows.close(lambda window: self._hand_over_read(window, end, opened), end)
+            self._windows.close(lambda window: self._handover.give_read(window, end), end)
         opened.begin = None
-        self._commit_end = end
-        opened.server_end = max(opened.server_end, end)
+        self._handover.commit_end = end
+        self._status.server_end = max(self._status.server_end, end)
 
     def _between_rows(self, decoded: Message, message: bytes, opened: _Open) -> None:
         match decoded:
             case Relation():
-                opened.tables[decoded.oid] = str(decoded)
+                self._handover.tables[decoded.oid] = str(decoded)
                 self._shaper.described()
             case TypeName():
                 self._shaper.type_name(decoded)
@@ -320,7 +306,7 @@ class Capture:
             return
         if opened.begin is not None and self._echo.ours:
             if not self._echo.passes:
-                self._echoes += 1
+                self._handover.echoes += 1
                 return
             self._attribute(opened)
         begin = opened.begin
@@ -330,75 +316,21 @@ class Capture:
         identity = self._identity(opened, begin.commit_lsn if begin else logical.lsn)
         left = self._messages.event(logical, begin, identity, timestamp(int.from_bytes(message[17:25])))
         if isinstance(left, Event):
-            opened.events.append(left)
+            self._handover.events.append(left)
         elif left is not None:
-            self._refuse(left, opened)
+            self._handover.refuse(left)
         if begin is None:
-            self._commit_end = max(self._commit_end, logical.lsn)
+            self._handover.commit_end = max(self._handover.commit_end, logical.lsn)
 
     def _identity(self, opened: _Open, lsn: Lsn) -> str:
         return f"{opened.identity}-{self._source.identity.timeline_of(lsn)}"
 
-    def _refuse(self, rejection: Rejection, opened: _Open) -> None:
-        """Into the buffer, in its place in the order, for the dead letters."""
-        self._hand_over(opened)
-        size = len(rejection.event.detail) + _EVENT_OVERHEAD
-        self._buffer.put(Batch(self._checkpoint.track(self._commit_end), (), size, (rejection,)))
-
-    def _hand_over(self, opened: _Open) -> None:
-        """Give the batch to the buffer. Its ticket is the last commit before or in it, never an open transaction's."""
-        events = opened.events
-        if events:
-            ticket = self._checkpoint.track(self._commit_end)
-            size = sum([len(event.detail) for event in events]) + _EVENT_OVERHEAD * len(events)
-            versions = self._shaper.history.take() if self._shaper.history else ()
-            self._buffer.put(Batch(ticket, events, size, versions=versions, partial=frozenset(opened.partial)))
-            opened.events, opened.partial = [], set()
-        else:
-            self._checkpoint.advance(self._commit_end)
-        for operation, table, count in self._counted():
-            self._metrics.captured.labels(opened.tables[table], operation).inc(count)
-        if self._echoes:
-            self._metrics.echoes.inc(self._echoes)
-            self._metrics.late_marks.inc(self._echo.late_marks)
-            self._echoes = self._echo.late_marks = 0
-
-    def _hand_over_read(self, window: Window, end: Lsn, opened: _Open) -> Reads:
-        """Give a snapshot's rows to the buffer, with the ticket that acknowledges `end`."""
-        opened.events += self._shaper.read(window.layout.table)
-        self._hand_over(opened)
-        versions = self._shaper.history.take() if self._shaper.history else ()
-        reads = Reads(window, self._shaper.stamp, self._checkpoint.track(end), versions)
-        self._buffer.put_reads(reads)
-        return reads
-
-    def _counted(self) -> Iterator[tuple[Operation, int, int]]:
-        for operation, tables in self._counts.items():
-            for table, count in tables.items():
-                yield operation, table, count
-            tables.clear()
-
     def _keepalive(self, message: bytes, opened: _Open) -> bool:
         end, asked = read_keepalive(message)
-        opened.server_end = max(opened.server_end, end)
+        self._status.server_end = max(self._status.server_end, end)
         if not opened.decoder.in_transaction:
             # everything before `end` has been sent, so with nothing left of it in our hands it is delivered
-            self._hand_over(opened)
-            self._commit_end = max(self._commit_end, end)
+            self._handover.give()
+            self._handover.commit_end = max(self._handover.commit_end, end)
             self._checkpoint.advance(end)
         return asked
-
-    def _status(self, opened: _Open, interval: float, *, at_once: bool) -> None:
-        flushed, since = self._checkpoint.flushed, time.monotonic() - self._last_status
-        due = since >= (_STATUS_PROGRESS if flushed > self._reported else interval)
-        if due or at_once:
-            self._source.send_status(written=self._checkpoint.tracked, flushed=flushed)
-            self._last_status, self._reported = time.monotonic(), flushed
-            self._metrics.flushed_lsn.set(flushed)
-            self._metrics.lag_bytes.set(max(0, max(opened.server_end, self._source.server_end) - flushed))
-        if self._heartbeats:
-            self._heartbeats.acknowledged(self._source.acknowledged)
-
-    def _until_status(self, interval: float) -> float:
-        wanted = _STATUS_PROGRESS if self._checkpoint.flushed > self._reported else interval
-        return self._last_status + wanted - time.monotonic()
