@@ -19,6 +19,7 @@ from figbridge.forward.guard import GuardedSource, Recreate, SlotGuard, place_of
 from figbridge.forward.source import ReplicationSource
 from figbridge.forward.watch import SlotWatch
 from figbridge.preflight import stream
+from figbridge.provision import backfill
 from fixtures.checked import config_of
 from fixtures.clock import until
 from fixtures.forward import Forward
@@ -246,12 +247,7 @@ def test_a_slot_that_was_made_anew_while_the_connection_was_away(prepared: Datab
         prepared.execute("INSERT INTO thing VALUES (1)")
         forward.until_events(1)
         with prepared.connect() as admin:
-            # in one call each: the bridge comes back within a fifth of a second
-            admin.execute(
-                "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s",
-                [prepared.slot],
-            )
-            admin.execute("SELECT pg_drop_replication_slot(%s)", [prepared.slot])
+            until(partial(_dropped, prepared))  # the bridge comes back within a fifth of a second
             admin.execute("INSERT INTO thing VALUES (2)")
             admin.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [prepared.slot])
         failure = forward.ended(30)
@@ -263,11 +259,7 @@ def test_a_slot_that_was_made_anew_while_the_connection_was_away(prepared: Datab
 def test_a_slot_that_is_dropped_during_a_run(prepared: Database) -> None:
     with Guarded(prepared) as forward:
         forward.until_streaming()
-        prepared.execute(
-            "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s",
-            [prepared.slot],
-        )
-        prepared.execute("SELECT pg_drop_replication_slot(%s)", [prepared.slot])
+        until(partial(_dropped, prepared))
         assert "`figbridge init`" in failed(forward, SlotLost, "does not exist")
 
 
@@ -492,6 +484,63 @@ def test_the_script_forgets_only_a_slot_that_is_not_there(each_database: Databas
     assert len(each_database.execute(CONFIRMED, [each_database.slot])) == 1
 
 
+ORDERS = "SELECT table_name, state, cursor IS NULL, gap IS NOT NULL FROM figbridge.snapshot ORDER BY 1"
+ORDERED = [("other", "waiting", True, True), ("thing", "waiting", True, True)]
+
+
+@pytest.mark.parametrize("by", ["init", "script"])
+def test_a_slot_that_is_made_anew_without_the_bridge_orders_the_backfill(each_database: Database, by: str) -> None:
+    """The script is what a DBA runs where `figbridge init` may not; the gap behind the new slot is the same."""
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY); CREATE TABLE other (id int PRIMARY KEY)")
+    config = recreating(each_database)
+
+    def set_up() -> None:
+        if by == "init":
+            provision.initialise(config)
+        else:
+            each_database.execute(provision.script(config))
+
+    set_up()
+    assert each_database.execute(ORDERS) == [], "there was no slot before, so nothing is missing"
+    leave_a_note = "INSERT INTO figbridge.slot_guard VALUES (%s, '1', 1, 'x', '0/1', '0/1')"
+    each_database.execute(leave_a_note, [each_database.slot])
+    set_up()
+    assert each_database.execute(ORDERS) == [], "the slot is there"
+    each_database.execute("SELECT pg_drop_replication_slot(%s)", [each_database.slot])
+    set_up()
+    assert each_database.execute(ORDERS) == ORDERED
+    assert each_database.execute("SELECT count(*) FROM figbridge.slot_guard") == [(0,)]
+    assert each_database.execute("SELECT count(DISTINCT run) FROM figbridge.snapshot") == [(2,)]
+    set_up()
+    assert each_database.execute(ORDERS) == ORDERED
+
+
+@pytest.mark.parametrize("by", ["init", "script"])
+@pytest.mark.parametrize("table", [True, False])
+def test_a_backfill_outlives_whoever_ordered_it_and_was_ended_before_there_was_a_slot(
+    database: Database, by: str, table: bool
+) -> None:
+    """The slot waits for open transactions, for as long as somebody may lose patience."""
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY); CREATE TABLE other (id int PRIMARY KEY)")
+    config = recreating(database, **({} if table else {"slot-guard": "none"}))
+    provision.initialise(config)
+    database.execute("SELECT pg_drop_replication_slot(%s)", [database.slot])
+    with database.connect() as connection:  # all that a bridge, an `init` or a script leaves behind that far
+        backfill.order(connection, database.slot, config.snapshot_tables, "its slot was dropped")
+    database.execute("""UPDATE figbridge.snapshot SET state = 'running', cursor = '[3]' WHERE table_name = 'thing'""")
+    if by == "init":
+        lines = provision.initialise(config)
+        assert any("every table will be read again" in line for line in lines), lines
+    else:
+        database.execute(provision.script(config))
+    assert database.execute(ORDERS) == ORDERED
+
+
+def recreating(database: Database, **forward: Any) -> Config:
+    section = {"sink": {"type": "stdout"}, "on-slot-loss": "recreate-and-backfill", **forward}
+    return config_of(database.dsn, "public.thing", "public.other", slot=database.slot, forward=section)
+
+
 def test_teardown_takes_the_row_along(prepared: Database) -> None:
     with Guarded(prepared) as forward:
         forward.until_streaming()
@@ -509,7 +558,7 @@ def test_the_loop_ends_at_once_when_it_is_told_to(prepared: Database) -> None:
     thread.start()
     until(lambda: forward.metric("forward_slot_wal_status", status="reserved") == 1)
     stop.set()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     source.close()
     forward.source.close()

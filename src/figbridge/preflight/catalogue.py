@@ -32,6 +32,11 @@ def quote(*name: str) -> str:
     return sql.Identifier(*name).as_string(None)
 
 
+def literal(text: str) -> str:
+    """The text as an SQL literal, for where a statement takes no parameters."""
+    return sql.Literal(text).as_string(None).strip()
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """A row of pg_class, of any kind.

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Final
 
 import psycopg
@@ -46,9 +46,9 @@ def initialise(config: Config) -> list[str]:
             made_now = connection.execute(statements.origin_sql(config.legacy.slot)).rowcount
             lines.append(f"replication origin {name}: {'made' if made_now else 'there already'}")
         slot_was_there = catalogue.slot(connection, config.legacy.slot) is not None
-        for name, (tables, _) in wanted.items():
+        for name in wanted:
             made = catalogue.publication(connection, name)
-            lines += _told(name, tables, before[name], made)
+            lines += _told(config, name, before[name], made)
             if made and made.made_at and before[name] is None and slot_was_there:
                 lines.append(_too_young(config.legacy, name, made))
     return [*lines, *_make_slot(config)] if config.forward else lines
@@ -93,13 +93,14 @@ def _wants_origin(config: Config) -> bool:
     return config.forward is not None and config.reverse is not None and config.legacy.loop_guard == "origin"
 
 
-def _told(name: str, tables: Sequence[Name], before: Publication | None, after: Publication | None) -> list[str]:
+def _told(config: Config, name: str, before: Publication | None, after: Publication | None) -> list[str]:
     """What became of a publication, in words."""
+    tables, _ = statements.publications(config)[name]
     place = f"publication {spell(name)}"
     if before is None:
         return [f"{place}: made for {', '.join(spell(*table) for table in tables)}"]
     lines = [
-        f"{place}: added {spell(*table)}; its changes leave from now on, the rows that are there already do not"
+        f"{place}: added {spell(*table)}; its changes leave from now on, {_rows_of(config, table)}"
         for table in tables
         if table not in before.tables
     ] or [f"{place}: there already"]
@@ -107,6 +108,13 @@ def _told(name: str, tables: Sequence[Name], before: Publication | None, after: 
         finding = stream.unconfigured(name, table)
         lines.append(f"warning: {finding.where} {finding.what}; {finding.remedy}")
     return lines
+
+
+def _rows_of(config: Config, table: Name) -> str:
+    """What becomes of the rows of a table that is added."""
+    if config.forward and config.forward.snapshot != "never" and table in config.snapshot_tables:
+        return "and the bridge reads the rows that are there already once it is started again"
+    return "the rows that are there already do not"
 
 
 def _too_young(section: LegacySection, name: str, made: Publication) -> str:
@@ -134,12 +142,15 @@ def _make_slot(config: Config) -> list[str]:
 
 def _forget(connection: psycopg.Connection, config: Config) -> list[str]:
     """Notes about an earlier slot; with forward.on-slot-loss, order what makes up for it."""
-    slot, there = config.legacy.slot, False
+    slot, gap = config.legacy.slot, False
+    if config.recreates_slot:
+        found = connection.execute(f"SELECT {statements.gap_sql(config)}").fetchone()
+        gap = found == (True,)
     if config.guards_slot:
-        there = connection.execute(statements.forget_sql(slot)).rowcount > 0
+        connection.execute(statements.forget_sql(slot))
     if config.takes_snapshots:
         connection.execute(statements.forget_snapshots_sql(config))
-    if not there or not config.recreates_slot:
+    if not gap:
         return []
     why = f"replication slot {slot!r} did not exist, and `figbridge init` made it anew"
     backfill.order(connection, slot, config.snapshot_tables, why)

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Final
 
-from psycopg import conninfo, sql
+from psycopg import conninfo
 
 from figbridge import canary, legacy
 from figbridge.config import Config, LegacySection, split_table
 from figbridge.preflight import reverse, stream
-from figbridge.preflight.catalogue import Name, quote
+from figbridge.preflight.catalogue import Name, literal, quote
 from figbridge.preflight.own import OWN, own_tables
+from figbridge.provision import backfill
 
 # ADD TABLE takes SHARE UPDATE EXCLUSIVE: readers and writers pass, but VACUUM and DDL may hold us up.
 LOCK_TIMEOUT: Final = "SET LOCAL lock_timeout = '10s'"
@@ -52,18 +53,18 @@ def publication_sql(name: str, tables: Sequence[Name], operations: Sequence[str]
     additions = "".join(
         f"""
     IF NOT EXISTS (SELECT FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
-                   WHERE p.pubname = {_literal(name)} AND r.prrelid = {_literal(quote(*table))}::regclass) THEN
+                   WHERE p.pubname = {literal(name)} AND r.prrelid = {literal(quote(*table))}::regclass) THEN
         ALTER PUBLICATION {quote(name)} ADD TABLE ONLY {quote(*table)};
     END IF;"""
         for table in tables
     )
     body = f"""
 BEGIN
-    IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = {_literal(name)}) THEN
+    IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = {literal(name)}) THEN
         CREATE PUBLICATION {quote(name)} FOR TABLE {only}
             WITH (publish = '{", ".join(operations)}', publish_via_partition_root = true);
         -- a slot that needs older WAL cannot use this publication: figbridge check compares the two
-        EXECUTE format('COMMENT ON PUBLICATION %I IS %L', {_literal(name)},
+        EXECUTE format('COMMENT ON PUBLICATION %I IS %L', {literal(name)},
                        'figbridge: made at ' || pg_current_wal_insert_lsn());
     END IF;{additions}
 END
@@ -84,31 +85,42 @@ def create_slot(section: LegacySection, version: int) -> str:
     https://www.postgresql.org/docs/current/functions-admin.html#FUNCTIONS-REPLICATION
     """
     failover = ", failover => true" if section.failover and version >= 170000 else ""
-    return f"pg_create_logical_replication_slot({_literal(section.slot)}, 'pgoutput'{failover})"
+    return f"pg_create_logical_replication_slot({literal(section.slot)}, 'pgoutput'{failover})"
 
 
 def origin_sql(slot: str) -> str:
     """The statement that makes the replication origin of ``loop-guard: origin``, if it is not there; a row if so."""
-    name = _literal(canary.origin(slot))
+    name = literal(canary.origin(slot))
     missing = f"NOT EXISTS (SELECT FROM pg_replication_origin WHERE roname = {name})"
     return f"SELECT pg_replication_origin_create({name}) WHERE {missing}"
 
 
 def forget_sql(slot: str) -> str:
     """The statement after which a slot that is made anew is taken as it is."""
-    return f"DELETE FROM figbridge.slot_guard WHERE slot = {_literal(slot)}"  # noqa: S608 (quoted)
+    return f"DELETE FROM figbridge.slot_guard WHERE slot = {literal(slot)}"  # noqa: S608 (quoted)
 
 
 def forget_snapshots_sql(config: Config) -> str:
-    """The statement after which tables are read again that a slot made anew has left out changes of."""
-    ended = (
-        "" if config.forward and config.forward.snapshot == "when-needed" else " AND state NOT IN ('done', 'failed')"
-    )
-    return f"DELETE FROM figbridge.snapshot WHERE slot = {_literal(config.legacy.slot)}{ended}"  # noqa: S608 (quoted)
+    """The statement after which tables are read again that a slot made anew has left out changes of.
+
+    It leaves alone what on-slot-loss has ordered: who ordered it may have been ended before there was a slot.
+    """
+    again = config.forward is not None and config.forward.snapshot == "when-needed"
+    which = "" if again else " AND state NOT IN ('done', 'failed')"
+    which += f" AND ({backfill.PENDING}) IS NOT TRUE" if config.recreates_slot else ""
+    return f"DELETE FROM figbridge.snapshot WHERE slot = {literal(config.legacy.slot)}{which}"  # noqa: S608 (quoted)
 
 
-def _literal(text: str) -> str:
-    return sql.Literal(text).as_string(None).strip()
+def gap_sql(config: Config) -> str:
+    """The condition under which the slot that is made now begins behind a gap, as far as our tables know.
+
+    There is a note about an earlier slot, or a backfill that another gap needed has not ended.
+    """
+    slot = literal(config.legacy.slot)
+    known = [f"EXISTS (SELECT FROM figbridge.snapshot WHERE slot = {slot} AND {backfill.PENDING})"]
+    if config.guards_slot:
+        known.append(f"EXISTS (SELECT FROM figbridge.slot_guard WHERE slot = {slot})")
+    return f"({' OR '.join(known)})"
 
 
 def harmless_sql(table: Name) -> str:
@@ -139,7 +151,7 @@ def script(config: Config) -> str:
         parts += [_comment(_ORIGIN), f"{origin_sql(config.legacy.slot)};"]
     parts += ["COMMIT;"]
     if config.forward:
-        parts += [_comment(_SLOT), _slot_sql(config)]
+        parts += [_comment(f"{_SLOT}\n{_rows(config)}"), _slot_sql(config)]
     parts += [_comment("\n".join([_GRANTS, *dict.fromkeys(_grants(config, quote(_role(dsn))))]))]
     return "\n\n".join(parts) + "\n"
 
@@ -154,17 +166,15 @@ def _role(dsn: str) -> str:
 
 
 def _slot_sql(config: Config) -> str:
-    section, slot = config.legacy, _literal(config.legacy.slot)
+    section, slot = config.legacy, literal(config.legacy.slot)
     # where an earlier statement failed and psql went on, there is no publication and there must be no slot
-    names = [_literal(name) for name in publications(config)]
+    names = [literal(name) for name in publications(config)]
     missing = f"NOT EXISTS (SELECT FROM pg_replication_slots WHERE slot_name = {slot})"
     listed = ", ".join(names)
     made = f"(SELECT count(*) FROM pg_publication WHERE pubname IN ({listed})) = {len(names)}"  # noqa: S608 (quoted)
     # in a transaction of its own: no slot can be made in one that has written
-    notes = [forget_sql(section.slot)] if config.guards_slot else []
-    notes += [forget_snapshots_sql(config)] if config.takes_snapshots else []
-    forgotten = "".join(f"{it} AND {missing};\n" for it in notes)
-    forget = f"-- notes about an earlier slot of this name\nBEGIN;\n{forgotten}COMMIT;\n\n"
+    notes = [*_notes(config, f"\n  AND {missing}")]
+    forget = "BEGIN;\n" + "".join(f"{it};\n" for it in notes) + "COMMIT;\n\n"
     new = create_slot(section, 170000)
     call = f"SELECT {new}\nWHERE {missing}\n  AND {made};"
     if section.failover:  # which function there is, only the server knows
@@ -186,6 +196,27 @@ END
 {call}
 COMMIT;
 SELECT slot_name, plugin, database, confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = {slot};"""  # noqa: S608 (quoted)
+
+
+def _rows(config: Config) -> str:
+    """What becomes of the rows that are there already: nobody who runs the SQL has to order anything."""
+    if config.forward and config.forward.snapshot != "never":
+        again = ", and all of them again after a slot was made anew" if config.forward.snapshot == "when-needed" else ""
+        return _READ.format(setting=config.forward.snapshot, again=again)
+    return _NOT_READ
+
+
+def _notes(config: Config, only_if: str) -> Iterator[str]:
+    """What our tables say of an earlier slot of this name, as `figbridge init` sees to it."""
+    if config.recreates_slot and config.snapshot_tables:
+        why = f"replication slot {config.legacy.slot!r} did not exist, and the SQL of `figbridge init` made it anew"
+        gap = gap_sql(config) + only_if
+        order = backfill.order_sql(config.legacy.slot, config.snapshot_tables, why, only_if=gap)
+        yield f"{_comment(_GAP)}\n{order}"
+    if config.guards_slot:
+        yield f"{_comment(_NOTES)}\n{forget_sql(config.legacy.slot)}{only_if}"
+    if config.takes_snapshots:
+        yield f"{forget_snapshots_sql(config)}{only_if}"
 
 
 def _grants(config: Config, role: str) -> Iterator[str]:
@@ -243,6 +274,15 @@ pg_replication_origin_session_setup(text) TO …; in this database."""
 _SLOT: Final = """\
 The slot, last: one that is older than its publications cannot use them. It waits until all transactions that are open
 now have ended (in the whole cluster), so it may take a while. From here on the server keeps WAL for the bridge."""
+_READ: Final = """\
+Rows that are there already need no order here (forward.snapshot: {setting}): the bridge reads each table once, when it
+runs{again}."""
+_NOT_READ: Final = """\
+Rows that are there already do not leave (forward.snapshot: never). docs/snapshot.md says how they can, now or later."""
+_GAP: Final = """\
+Only if there was a slot before: changes since then are in no event, so the bridge shall read every table again
+(forward.on-slot-loss: recreate-and-backfill)."""
+_NOTES: Final = "Notes about an earlier slot of this name."
 _GRANTS: Final = """\
 The least rights of the bridge's role, to be run once the role exists. Columns with a serial default that an insert does
 not name also need:  GRANT USAGE ON SEQUENCE … ;"""
