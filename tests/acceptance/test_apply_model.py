@@ -94,6 +94,19 @@ class Model:
     applied: set[str] = field(default_factory=set)
     dead: set[str] = field(default_factory=set)
 
+    def look(self, keys: set[str], dead: set[str]) -> None:
+        """Adopt what became of poison whose batch was cut: both are right, and only the tables say which it was.
+
+        It is set aside, and what follows it in the batch is committed before it is in the dead letters. If a newer
+        version was, what is delivered again is late, and a late event is not looked at any more.
+        """
+        for body in self.dead - dead:
+            envelope = json.loads(body)
+            key, detail = envelope["id"], envelope["detail"]
+            if key in keys and key not in self.keys and detail["version"] <= self.versions.get(detail["id"], 0):
+                self.keys[key] = body
+                self.dead.remove(body)
+
     def apply(self, body: str) -> None:
         envelope = json.loads(body)
         key, kind, detail = envelope["id"], envelope["detail-type"], envelope["detail"]
@@ -147,6 +160,7 @@ class Applying(RuleBasedStateMachine):
         self.waiting: list[str] = []
         self.sent: list[str] = []
         self.faults: list[str] = []
+        self.cut = False  # whether a fault has hit the last delivery
         self.kinds: Counter[str] = Counter()
         self.orders = 0
 
@@ -185,10 +199,11 @@ class Applying(RuleBasedStateMachine):
     def send_again(self, data: st.DataObject) -> None:
         self.waiting.append(data.draw(st.sampled_from(self.sent)))
 
-    @precondition(lambda self: any('"account"' in body for body in self.sent))
+    @precondition(lambda self: any('"account"' in body and '"many"' not in body for body in self.sent))
     @rule(data=st.data())
     def use_a_key_twice(self, data: st.DataObject) -> None:
-        old = json.loads(data.draw(st.sampled_from([body for body in self.sent if '"account"' in body])))
+        sent = [body for body in self.sent if '"account"' in body and (not self.faults or '"many"' not in body)]
+        old = json.loads(data.draw(st.sampled_from(sent)))
         self._make("account", key=old["id"], **{**old["detail"], "note": "another payload"})
 
     @rule(
@@ -208,6 +223,7 @@ class Applying(RuleBasedStateMachine):
             self.model.apply(body)
         self.sent += bodies
         self.waiting = []
+        self.cut = False
         self._consume([body.encode() for body in bodies])
 
     def _consume(self, bodies: list[bytes], *, attempts: int = 1, until_nothing_waits: bool = False) -> None:
@@ -241,6 +257,7 @@ class Applying(RuleBasedStateMachine):
         when = {"executed": "before commit", "committed": "after commit"}[step]
         if not self.faults or not self.faults[0].endswith(when):
             return
+        self.cut = True
         if self.faults.pop(0).startswith("crash"):
             raise Crash
         pid = self._applier.connection().info.backend_pid
@@ -256,6 +273,8 @@ class Applying(RuleBasedStateMachine):
             keys = {key for (key,) in connection.execute("SELECT idempotency_key FROM figbridge.inbox")}
             parked = {key for (key,) in connection.execute("SELECT idempotency_key FROM figbridge.parked")}
             dead = {bytes(body).decode() for (body,) in connection.execute("SELECT body FROM figbridge.dead_letter")}
+        if self.cut:
+            self.model.look(keys, dead)
         assert {identity: (n, note) for identity, n, note in accounts} == self.model.accounts
         assert len(ledger) == len(set(ledger)), "an event was applied twice"
         assert set(ledger) | parked == self.model.applied

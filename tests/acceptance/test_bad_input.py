@@ -24,7 +24,7 @@ http: {listen: "${HTTP_LISTEN:-127.0.0.1:0}"}
 def figbridge(command: str, config: Path, dsn: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LEGACY_DSN": dsn}
     arguments = [sys.executable, "-m", "figbridge", command, "-c", str(config)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def written(path: Path, *, slot: str = "fig", tables: str = "public.thing", sink: str | None = None) -> Path:

@@ -162,7 +162,7 @@ def _working(writers: list[Writer], emitter: Emitter, stop: threading.Event) -> 
     finally:
         stop.set()
         for thread in threads:
-            thread.join(10)
+            thread.join(60)
     for thread in threads:
         assert thread.error is None, f"{thread.name} failed: {thread.error}"
 
@@ -177,7 +177,7 @@ def test_kill_9_at_random_moments_loses_nothing_repeats_nothing_and_loops_nothin
     config.write_text(CONFIG % {"slot": each_database.slot, "directory": tmp_path})
     environment = {"LEGACY_DSN": each_database.dsn}
     initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
-    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60)
+    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=120)
 
     record, stop, chance = Record(), threading.Event(), random.Random(each_database.version)
     writers = [Writer(number, each_database.dsn, record, stop) for number in range(WRITERS)]

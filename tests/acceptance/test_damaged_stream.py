@@ -47,7 +47,7 @@ def test_nothing_behind_a_damaged_message_is_acknowledged(database: Database, tm
     with DamagingProxy(database.dsn) as proxy:
         environment = {"LEGACY_DSN": proxy.dsn}
         initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
-        subprocess.run(initialise, env=environment, check=True, timeout=60, capture_output=True)
+        subprocess.run(initialise, env=environment, check=True, timeout=120, capture_output=True)
         damaged: list[int] = []
 
         def change(message: bytes) -> bytes:

@@ -154,7 +154,7 @@ def test_everything_at_once_has_to_be_asked_for(shop: Database, tmp_path: Path) 
 
 def test_without_a_store_the_remedy_is_said(shop: Database, tmp_path: Path) -> None:
     process = Command(shop, tmp_path, forward="numbers: safe").start("list")
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "forward.dead-letters" in error
 
@@ -436,7 +436,7 @@ def test_kill_9_during_a_redrive_repeats_harmlessly(shop: Database, tmp_path: Pa
         process = command.start("redrive", "--all")
         until(partial(_further, shop, process, 4000 - before + fate.randrange(1, 500)), 60)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
     killed_at = count(shop, "figbridge.dead_letter")
     command("redrive", "--all")
 
@@ -458,7 +458,7 @@ def test_kill_9_during_a_forward_redrive_loses_nothing(shop: Database, tmp_path:
     process = command.start("redrive", "--all")
     until(lambda: len(command.published) >= 500, 60)
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
 
     left = {it.letter.body for it in TableDeadLetterStore(shop.dsn).scan(Wanted())}
     assert left | set(command.published) == {it.body for it in made}
@@ -496,7 +496,7 @@ def test_a_redrive_needs_no_more_memory_for_more_letters(shop: Database, tmp_pat
                 peak = max(peak, proc.memory(process.pid).peak)
             except ProcessLookupError:
                 break
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=120)
         assert process.returncode == 0, error
         peaks.append(peak)
     assert letters(shop) == []

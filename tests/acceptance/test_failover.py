@@ -79,7 +79,7 @@ class Scene(Running):
         finally:
             stop.set()
             for writer in writers:
-                writer.join(10)
+                writer.join(60)
         assert not any(writer.is_alive() for writer in writers)
 
     def until_more(self, count: int) -> None:

@@ -212,7 +212,7 @@ def test_kill_9_loses_no_message_and_no_outbox_event(each_database: Database, tm
         application.start()
         kill_often(bridge, random.Random(each_database.version))
         stop.set()
-        application.join(10)
+        application.join(60)
         until(lambda: each_database.execute("SELECT pg_switch_wal()"))  # flushes what no commit had to
         running.until_delivered()
         assert bridge.kills == KILLS

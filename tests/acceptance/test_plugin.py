@@ -84,7 +84,7 @@ def written(directory: Path, slot: str, sink: str) -> Path:
 def figbridge(command: str, config: Path, dsn: str, path: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"LEGACY_DSN": dsn, "PYTHONPATH": path}
     arguments = [sys.executable, "-m", "figbridge", command, "-c", str(config)]
-    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_bridge_publishes_through_it(database: Database, tmp_path: Path, installed: str, receiver: Receiver) -> None:

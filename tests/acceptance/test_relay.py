@@ -156,7 +156,7 @@ def test_kill_9_loses_nothing_and_the_id_tells_repetitions(central: Central) -> 
 
 def test_a_file_with_a_relay_alone_runs_and_is_checked_without_a_database(central: Central) -> None:
     command = [sys.executable, "-m", "figbridge", "check", "-c", str(central.config), "--json"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60, env=os.environ)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [it["where"] for it in json.loads(done.stdout)] == [
         "relay.contracts",

@@ -135,7 +135,7 @@ def test_three_replicas_apply_each_key_once_whatever_is_killed(
     environment = {"LEGACY_DSN": server.dsn()}
     subprocess.run(
         [sys.executable, "-m", "figbridge", "init", "-c", str(config)],
-        env={**os.environ, **environment, "HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60,
+        env={**os.environ, **environment, "HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=120,
     )  # fmt: skip
     model = Model(chance)
     model.fill()

@@ -123,7 +123,7 @@ def test_events_in_order_are_the_tables_whatever_is_killed_when(
     config.write_text(CONFIG % {"slot": database.slot, "directory": tmp_path})
     environment = {"LEGACY_DSN": database.dsn}
     initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
-    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60)
+    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=120)
     stop, lives = threading.Event(), [0]
     writers = [Writer(database.dsn, seed, stop, "shop.empty, shop.pair" if not seed else None) for seed in range(3)]
     with Bridge(config, tmp_path / "log", environment=environment) as bridge:
@@ -146,7 +146,7 @@ def test_events_in_order_are_the_tables_whatever_is_killed_when(
         finally:
             stop.set()
             for writer in writers:
-                writer.join(20)
+                writer.join(60)
         _drained(database)
         assert bridge.terminate() == 0
     assert [writer.error for writer in writers] == [None] * 3
@@ -211,7 +211,7 @@ def test_a_kill_repeats_one_chunk_a_table_at_most(
     (tmp_path / "sitecustomize.py").write_text(CHUNKS)
     environment = {"LEGACY_DSN": database.dsn, "PYTHONPATH": str(tmp_path)}
     initialise = [sys.executable, "-m", "figbridge", "init", "-c", str(config)]
-    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=60)
+    subprocess.run(initialise, env=environment | {"HTTP_LISTEN": "127.0.0.1:0"}, check=True, timeout=120)
     ends, noted, states = [0], list[int](), set[str]()
     ours = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND application_name LIKE 'figbridge%'"
     query = "SELECT table_name, state, (cursor -> 'key' ->> 0)::int FROM figbridge.snapshot"

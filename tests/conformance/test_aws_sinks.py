@@ -16,6 +16,7 @@ import pytest
 from conformance.events import event
 from conformance.sink_suite import SinkFeatures, SinkHarness, SinkSuite
 from figbridge.transports import Sink, open_sink
+from fixtures.clock import PATIENCE
 from fixtures.sinks import section
 
 
@@ -26,7 +27,7 @@ def client(service: str, endpoint: str) -> Any:
 def received(sqs: Any, url: str, count: int) -> list[bytes]:
     """Everything in a queue, `count` messages at least."""
     found: list[bytes] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         answer = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10, WaitTimeSeconds=int(len(found) < count))
         if not (messages := answer.get("Messages", [])) and len(found) >= count:

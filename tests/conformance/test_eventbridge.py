@@ -19,6 +19,7 @@ from figbridge.errors import BridgeError, SinkRefused, SinkUnavailable
 from figbridge.event import Event
 from figbridge.transports import aws
 from figbridge.transports.eventbridge import EventBridgeSink
+from fixtures.clock import PATIENCE
 from fixtures.fake_eventbridge import FakeEventBridge, cut, error, partly, raw
 
 
@@ -54,7 +55,7 @@ class EventBridgeHarness:
     def read(self, count: int) -> list[bytes]:
         sqs = self._client("sqs")
         found: list[bytes] = []
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             wait = 1 if len(found) < count else 0
             answer = sqs.receive_message(QueueUrl=self.queue, MaxNumberOfMessages=10, WaitTimeSeconds=wait)

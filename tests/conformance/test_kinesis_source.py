@@ -413,7 +413,7 @@ def test_what_the_sink_writes_becomes_rows(fake: FakeKinesis, database: Database
     until(lambda: count(database, "figbridge.dead_letter") == 1, 20)
     stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     found = database.execute("SELECT id, status FROM shop.orders ORDER BY id")
     made = [(n, str(270 + n)) for n in range(30)]
     assert found == [*made, (1000, "by the sink"), (2000, None), (2001, None), (2002, None)]

@@ -366,7 +366,7 @@ def test_processes_that_publish_at_once_lose_nothing_and_keep_their_order(path: 
     with subscribed(path) as source:
         documents = [json.loads(body) for body in drain(source, 900)]
         for process in processes:
-            process.communicate(timeout=20)
+            process.communicate(timeout=120)
             assert process.returncode == 0
         assert not source.receive(wait=0)
     for name in names:

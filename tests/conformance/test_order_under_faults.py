@@ -24,6 +24,7 @@ from figbridge.event import Event
 from figbridge.forward.publish import Publisher
 from figbridge.metrics import Metrics
 from figbridge.transports import Sink, aws
+from fixtures.clock import PATIENCE
 from fixtures.fake_aws import Cut, Document, FakeAws, Refused, Reset
 from fixtures.sinks import SERVICES, Service, Taken, service
 
@@ -228,7 +229,7 @@ def test_several_requests_are_in_flight_at_once(behind: Service, fake: FakeAws, 
     together = threading.Barrier(6)
 
     def answer(parameters: Document) -> Document:
-        together.wait(10)
+        together.wait(PATIENCE)
         return behind.take(parameters)
 
     fake.handlers[behind.operation] = answer
@@ -237,5 +238,6 @@ def test_several_requests_are_in_flight_at_once(behind: Service, fake: FakeAws, 
         patch.setattr(sink, "limits", replace(sink.limits, entries=5))
         patch.setattr(sink, "check", lambda: None)  # which would read the limits anew
         publisher.publish([event(n, key=f"k{n}") for n in range(30)])
-    assert len(behind.taken) == 30
+    # a client that waits for too long asks again
+    assert {it.envelope["detail"]["id"] for it in behind.taken} == {event(n, key=f"k{n}").id for n in range(30)}
     publisher.close()

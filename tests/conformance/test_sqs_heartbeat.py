@@ -172,5 +172,5 @@ def test_what_is_lost_while_it_is_applied_is_rolled_back(database: Database, aws
         assert len(received) == 4
     until(lambda: queue.counts == (0, 0), 20)
     stop.set()
-    thread.join(20)
+    thread.join(60)
     assert database.execute("SELECT idempotency_key FROM figbridge.inbox ORDER BY 1") == [("e0",), ("e2",), ("e3",)]

@@ -75,7 +75,7 @@ def test_a_lost_reader_and_a_full_disk_are_refused_and_the_process_ends_cleanly(
         assert os.read(reader, len(event(0).envelope())) == event(0).envelope()
         os.close(reader)
 
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=120)
     assert message in stderr
     assert b"Traceback" not in stderr
     assert b"Exception ignored" not in stderr

@@ -219,7 +219,7 @@ def test_a_row_that_is_made_while_we_look_is_tried_again(shop: Database, applier
         )
         until(lambda: shop.execute(waiting) == [(1,)])
         other.execute("COMMIT")
-        thread.join(10)
+        thread.join(60)
     assert (found[0].outcome.value, found[0].reason) == ("retried", "23505")
     assert count(shop, "figbridge.inbox") == 0
     assert outcomes(applier, [first]) == [("ignored", "insert_exists")]
@@ -239,7 +239,7 @@ def test_a_change_that_commits_while_we_wait_for_the_lock_is_seen(shop: Database
         )
         until(lambda: shop.execute(waiting) == [(1,)])
         other.execute("COMMIT")
-        thread.join(10)
+        thread.join(60)
     assert (found[0].outcome.value, found[0].reason) == ("ignored", "update_conflict")
     assert rows(shop)[0][1] == "theirs"
 

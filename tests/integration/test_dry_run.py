@@ -141,7 +141,7 @@ def running(shadow: Shadow) -> Iterator[Shadow]:
         yield shadow
     finally:
         shadow.stop.set()
-        thread.join(20)
+        thread.join(60)
     assert not thread.is_alive()
     assert shadow.failure is None
 

@@ -11,7 +11,7 @@ from figbridge.change import Lsn
 from figbridge.errors import LegacyUnavailable, SlotInUse, SourceDisconnected
 from figbridge.forward.liveness import SENDER
 from figbridge.forward.source import KEEPALIVE, ReplicationSource, read_keepalive
-from fixtures.clock import until
+from fixtures.clock import PATIENCE, Stopwatch, until
 from fixtures.postgres import Database
 from fixtures.proxy import Proxy
 
@@ -40,16 +40,17 @@ def test_a_client_that_says_nothing_loses_the_slot_and_has_more_time_then(each_d
     source = source_of(each_database)
     try:
         source.connect(Lsn(0))
-        began = time.monotonic()
-        until(lambda: each_database.execute(HOLDER, [each_database.slot]) == [(None,)], 15)
-        assert SENDER - 1 < time.monotonic() - began < SENDER + 3
+        watch = Stopwatch()
+        until(lambda: each_database.execute(HOLDER, [each_database.slot]) == [(None,)])
+        assert watch.elapsed > SENDER - 1
+        assert watch.unhindered < SENDER + 3
         with pytest.raises(
-            SourceDisconnected, match=r"this process said nothing for 5\.\d s, and its wal_sender_timeo"
+            SourceDisconnected, match=r"this process said nothing for \d+\.\d s, and its wal_sender_timeout is 5 s"
         ):
             drain(source)
         source.connect(Lsn(0))
         assert source.sender_timeout == 2 * SENDER
-        until(lambda: connects(source, Lsn(1)), 15)  # it got on
+        until(lambda: connects(source, Lsn(1)))  # it got on
         assert source.sender_timeout == SENDER
     finally:
         source.close()
@@ -65,8 +66,8 @@ def connects(source: ReplicationSource, start: Lsn) -> bool:
 
 
 def drain(source: ReplicationSource) -> None:
-    """Read until the end of the stream, or for two seconds."""
-    deadline = time.monotonic() + 2
+    """Read until the end of the stream."""
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         source.wait(0.1, reading=True)
         source.receive()
@@ -98,10 +99,10 @@ def test_a_timeout_that_was_chosen_stays(database: Database, where: str) -> None
 def test_an_idle_server_is_asked_and_answers(database: Database) -> None:
     """All it sent is acknowledged and nothing is written: only an answer that we asked for can break the silence."""
     prepare(database)
-    source = source_of(database, conninfo.make_conninfo(database.dsn, options="-c wal_sender_timeout=1s"))
+    source = source_of(database, conninfo.make_conninfo(database.dsn, options="-c wal_sender_timeout=2s"))
     try:
         source.connect(Lsn(0))
-        deadline, end = time.monotonic() + 4, Lsn(0)
+        deadline, end = time.monotonic() + 5, Lsn(0)
         while time.monotonic() < deadline:
             source.wait(0.25, reading=True)
             end = max([end, *(read_keepalive(it)[0] for it in source.receive() if it[0] == KEEPALIVE)])
@@ -124,10 +125,10 @@ def test_a_server_that_falls_silent_while_a_connection_is_opened(
         source.disconnect()
         until(lambda: database.execute(HOLDER, [database.slot]) == [(None,)], 10)
         proxy.after(int(whole * share), proxy.stall)
-        began = time.monotonic()
+        watch = Stopwatch()
         with pytest.raises(LegacyUnavailable):
             source.connect(Lsn(0))
-        assert time.monotonic() - began < 4
+        assert watch.unhindered < 4
         proxy.resume()
         until(lambda: connected(source), 10)
     finally:

@@ -135,7 +135,7 @@ def test_the_whole_path_parks_purges_and_writes_letters(shop: Database, pooled: 
     until(lambda: count(shop, "shop.orders") == 1)
     until(lambda: count(shop, "figbridge.parked") == 0)
     stop.set()
-    thread.join(20)
+    thread.join(60)
     shop.execute("UPDATE figbridge.inbox SET applied_at = now() - interval '40 days'")
     assert purge(pooled, inbox(30)) == 1
 

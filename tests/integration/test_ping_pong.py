@@ -143,7 +143,7 @@ def test_a_loop_is_found_that_both_paths_make(database: Database, tmp_path: Path
         until(lambda: forward.metric("ping_pongs_total", direction="forward") == 1, 60)
         stop.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
     answers = database.execute("SELECT count(*) FROM figbridge.inbox")[0][0]
     assert 5 < answers < 20  # and it is quiet
 
@@ -190,7 +190,7 @@ def test_an_event_that_has_passed_too_many_bridges_is_held(
     thread.start()
     until(lambda: count(database, "figbridge.inbox") + count(database, "figbridge.dead_letter") == 1)
     stop.set()
-    thread.join(20)
+    thread.join(60)
     reasons = database.execute("SELECT reason FROM figbridge.dead_letter")
     assert reasons == [("ping_pong",)] * letters
     assert consumer._metrics.ping_pongs.labels("reverse")._value.get() == letters

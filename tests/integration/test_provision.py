@@ -313,7 +313,7 @@ def test_init_says_for_whom_the_slot_waits(shop: Database, monkeypatch: pytest.M
         assert said["blocked_by"] == [f"pid {blocker}, nightly batch, postgres"]
         assert not lines
         open_one.commit()
-        thread.join(20)
+        thread.join(60)
     assert lines[-1].startswith(f"slot {shop.slot}: made")
 
 

@@ -150,7 +150,7 @@ def test_a_commit_that_waits_for_a_standby_is_not_undone(prepared: Database) -> 
         assert Watching.waited.wait(10), "the loop gave up once, and tries again"
         assert told(forward.sink.details) == [("update", 3)]
         release()
-        writer.join(10)
+        writer.join(60)
         finished(forward, "thing")
         read = {it["key"]["id"]: it["after"]["v"] for it in forward.sink.details if it["op"] == "read"}
     assert read[3] == 0

@@ -54,7 +54,7 @@ class Authority:
         return self._directory / f"{stem}.crt", self._directory / f"{stem}.key"
 
     def _openssl(self, *arguments: str) -> None:
-        subprocess.run(["openssl", *arguments], cwd=self._directory, check=True, capture_output=True, timeout=30)
+        subprocess.run(["openssl", *arguments], cwd=self._directory, check=True, capture_output=True, timeout=120)
 
 
 _NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
