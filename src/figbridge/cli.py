@@ -235,7 +235,12 @@ def conflicts_resolve(path: Path, number: int, take: Literal["new", "legacy", "d
 @click.option("--resume", "order", flag_value="resume", help="Go on where it was paused.")
 @click.option("--cancel", "order", flag_value="cancel", help="Give it up; what has left has left.")
 @click.option("--status", "only_status", is_flag=True, help="Say how far it is.")
-@click.option("--follow", "followed", is_flag=True, help="Stay, and show the progress until it has ended.")
+@click.option(
+    "--follow/--no-follow",
+    "followed",
+    default=None,
+    help="Stay, and show the progress until it has ended; by default in a terminal, when one is asked for.",
+)
 def snapshot(
     path: Path,
     tables: tuple[str, ...],
@@ -243,7 +248,7 @@ def snapshot(
     order: Literal["pause", "resume", "cancel"] | None,
     *,
     only_status: bool,
-    followed: bool,
+    followed: bool | None,
 ) -> None:
     """Send the rows that are there already, of all tables of the file or of TABLEs, through the running bridge."""
     with _reported():
@@ -258,8 +263,15 @@ def snapshot(
             lines = command.request(config, tables, where)
         for line in lines:
             click.echo(line)
-        if followed and not command.follow(config, Console(soft_wrap=True, highlight=False)):
-            sys.exit(1)
+        console = Console(soft_wrap=True, highlight=False)
+        if followed is None:
+            followed = console.is_terminal and not order and not only_status
+        try:
+            if followed and not command.follow(config, console):
+                sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("the snapshot goes on; `figbridge snapshot --status` says how far it is", err=True)
+            sys.exit(130)
 
 
 @main.group()

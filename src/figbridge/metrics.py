@@ -92,6 +92,22 @@ class Metrics:
         self.snapshot_failures = self._counter(
             "forward_snapshot_failures", "Snapshots of a table that failed; figbridge.snapshot says why."
         )
+        self.snapshot_state = self._gauge(
+            "forward_snapshot_state",
+            "1 for the state of the table's snapshot: waiting, running, paused, done, failed, cancelled.",
+            "table",
+            "state",
+        )
+        self.snapshot_durable = self._gauge(
+            "forward_snapshot_durable_rows",
+            "Rows of the table's snapshot that are durable, those of processes before this one, too.",
+            "table",
+        )
+        self.snapshot_estimate = self._gauge(
+            "forward_snapshot_estimated_rows",
+            "Rows that the table had by the planner's statistics when its snapshot was taken up.",
+            "table",
+        )
         self.snapshot_throttled = self._gauge(
             "forward_snapshot_throttled", "1 while a snapshot waits because a standby is behind."
         )

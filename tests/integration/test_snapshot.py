@@ -1,5 +1,7 @@
 """Snapshots on real servers: what a chunk says, how tables are walked, what happens within a window."""
 
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,3 +160,18 @@ def test_every_row_is_read_once_whatever_the_key(database: Database, key: str, r
     assert len(events) == len({it["id"] for it in events}) == 5000
     expected = database.execute("SELECT to_json(t)->>'id' FROM thing t")
     assert sorted(str(it) for it in after(events)) == sorted(str(it).strip('"') for (it,) in expected)
+
+
+def test_a_rate_bounds_each_chunk_and_the_time_of_all(database: Database) -> None:
+    """From below alone, which a busy machine cannot break; tests/unit/test_politeness.py has the rest."""
+    prepare(database, "CREATE TABLE thing (id int PRIMARY KEY)", "thing")
+    database.execute("INSERT INTO thing SELECT generate_series(1, 8000)")
+    database.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [database.slot])
+    began = time.monotonic()
+    with Forward(database, snapshot=[("public", "thing")], rate=2000) as forward:
+        finished(forward, "thing")
+    # the fourth chunk begins when 6000 rows were read, for which a second of credit is given
+    assert time.monotonic() - began >= 6000 / 2000 - 1
+    chunks = Counter(it["position"]["commit_lsn"] for it in forward.sink.details)
+    assert sum(chunks.values()) == 8000
+    assert max(chunks.values()) <= 2000

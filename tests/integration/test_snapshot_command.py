@@ -1,11 +1,21 @@
 """`figbridge snapshot` against a running bridge: orders by rows of figbridge.snapshot."""
 
+import contextlib
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Self, get_args
 
 import pytest
 from click.testing import CliRunner, Result
 
 from figbridge import cli
+from figbridge.forward.snapshot.progress import State
 from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
@@ -95,3 +105,99 @@ def test_without_its_table_the_remedy_is_named(prepared: Database, tmp_path: Pat
     result = snapshot(tmp_path)
     assert result.exit_code == 2
     assert "figbridge init" in result.output
+
+
+def test_in_a_terminal_there_is_a_bar_with_rows_rate_and_estimated_end(prepared: Database, tmp_path: Path) -> None:
+    with Forward(prepared, snapshot=(), rate=3000) as forward, Terminal(tmp_path, "thing") as terminal:
+        until(lambda: "rows/s" in terminal.shown, 30, lambda: terminal.shown)
+        assert terminal.wait() == 0
+        finished(forward, "thing")
+    assert "thing: asked for" in terminal.shown
+    assert "━" in terminal.shown, "the bar"
+    assert re.search(r"[1-8],\d{3} rows of about 9,000 [\d,]+ rows/s \d:\d\d:\d\d", terminal.shown), terminal.shown
+    assert "9,000 rows of about 9,000 done 0:00:00" in terminal.shown
+
+
+def test_whoever_leaves_the_terminal_stops_nothing(prepared: Database, tmp_path: Path) -> None:
+    """And where no bridge runs, no more than that it waits can be said."""
+    with Terminal(tmp_path) as terminal:
+        until(lambda: "waiting" in terminal.shown, 30, lambda: terminal.shown)
+        terminal.interrupt()
+        assert terminal.wait() == 130
+    assert "the snapshot goes on" in terminal.shown
+    assert states(prepared) == {"thing": "waiting", "other": "waiting"}
+
+
+class Terminal:
+    """`figbridge snapshot` as a process under a pseudo terminal."""
+
+    def __init__(self, directory: Path, *arguments: str) -> None:
+        self._command = [
+            sys.executable,
+            "-m",
+            "figbridge",
+            "snapshot",
+            "-c",
+            str(directory / "bridge.yaml"),
+            *arguments,
+        ]
+        self._written = b""
+
+    def __enter__(self) -> Self:
+        self._ours, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+        self._process = subprocess.Popen(
+            self._command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True
+        )
+        os.close(theirs)
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._reader.join(10)
+        os.close(self._ours)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other end any more
+            while part := os.read(self._ours, 65536):
+                self._written += part
+
+    @property
+    def shown(self) -> str:
+        """All that was ever on the screen, without colours and cursor movements."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._written.decode(errors="replace"))
+
+    def interrupt(self) -> None:
+        self._process.send_signal(signal.SIGINT)
+
+    def wait(self) -> int:
+        status = self._process.wait(30)
+        self._reader.join(10)
+        return status
+
+
+def test_metrics_say_how_far_each_table_is(prepared: Database, tmp_path: Path) -> None:
+    prepared.execute("DROP TABLE other")
+    with Forward(prepared, snapshot=[("public", "thing"), ("public", "other")], rate=2000) as forward:
+
+        def state(table: str) -> list[str]:
+            all_ = [*get_args(State)]
+            return [it for it in all_ if forward.metric("forward_snapshot_state", table=table, state=it) == 1]
+
+        thing = "public.thing"
+        until(lambda: state(thing) == ["running"], 20, lambda: f"{state(thing)}")
+        assert forward.metric("forward_snapshot_estimated_rows", table=thing) == 9000
+        until(lambda: forward.metric("forward_snapshot_durable_rows", table=thing) > 0, 20)
+        snapshot(tmp_path, "thing", "--pause")
+        until(lambda: state(thing) == ["paused"], 20, lambda: f"{state(thing)}")
+        until(lambda: state("public.other") == ["failed"], 20, lambda: f"{state('public.other')}")
+        assert forward.metric("forward_snapshot_failures_total") == 1
+        snapshot(tmp_path, "thing", "--resume")
+        until(lambda: state(thing) == ["done"], 20, lambda: f"{state(thing)}")
+        assert forward.metric("forward_snapshot_durable_rows", table=thing) == 9000
+        assert forward.metric("forward_snapshot_rows_total", table=thing) == 9000
+        forward.windows.streaming = False  # as while another replica has the slot, and says how far it is
+        until(lambda: not state(thing), 20, lambda: f"{state(thing)}")

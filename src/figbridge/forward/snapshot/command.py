@@ -29,6 +29,7 @@ _ORDERS: Final[dict[Order, tuple[State, Sequence[State]]]] = {
     "cancel": ("cancelled", OPEN),
 }
 _LOOK: Final = 0.5  # seconds between two looks at the progress
+_SILENT: Final = 60.0  # seconds without a chunk that are worth a word
 
 
 def request(config: Config, tables: Sequence[str], condition: str | None) -> list[str]:
@@ -70,12 +71,10 @@ def status(config: Config) -> list[Task]:
 
 def told(task: Task) -> str:
     """One line about a task."""
-    parts = [f"{spell(*task.name)}: {task.state}", f"{task.rows:,} rows"]
-    if task.estimate:
-        parts[1] += f" of about {task.estimate:,}"
+    parts = [f"{spell(*task.name)}: {task.state}", _rows(task)]
     if task.state == "running" and task.age:
         parts.append(f"{task.rows / task.age:,.0f} rows/s")
-    if task.state in OPEN and task.silence > 60:
+    if task.state in OPEN and task.silence > _SILENT:
         parts.append(f"no progress for {task.silence:,.0f} s; does a bridge run?")
     if task.message:
         parts.append(task.message)
@@ -85,9 +84,14 @@ def told(task: Task) -> str:
 def follow(config: Config, console: Console, *, wait: Callable[[float], object] = time.sleep) -> bool:
     """Show the progress until nothing is left to do; whether all went well. Plain lines where no terminal is.
 
-    Raises SetupError, BridgeError.
+    Whoever leaves it by KeyboardInterrupt stops looking, not the snapshot. Raises SetupError, BridgeError.
     """
-    columns = ("{task.description}", BarColumn(), "{task.completed:,.0f} rows", TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[rows]}"),
+        TextColumn("{task.fields[how]}", markup=False),
+    )
     shown: dict[Name, tuple[TaskID, str]] = {}
     with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
         while True:
@@ -95,17 +99,29 @@ def follow(config: Config, console: Console, *, wait: Callable[[float], object] 
             for task in tasks:
                 line = told(task)
                 if task.name not in shown:
-                    shown[task.name] = (bar.add_task(spell(*task.name), rate=""), "")
+                    shown[task.name] = (bar.add_task(spell(*task.name), rows="", how=""), "")
                 bar_id, before = shown[task.name]
-                rate = f"{task.rows / task.age:,.0f}/s" if task.age and task.state == "running" else task.state
                 total = task.rows if task.state == "done" else max(task.estimate or 0, task.rows) or None
-                bar.update(bar_id, completed=task.rows, total=total, rate=rate)
+                bar.update(bar_id, completed=task.rows, total=total, rows=_rows(task), how=_how(task))
                 if not console.is_terminal and line != before:
                     console.print(line, highlight=False, soft_wrap=True)
                 shown[task.name] = (bar_id, line)
             if not any(task.state in ("waiting", "running") for task in tasks):
                 return all(task.state != "failed" for task in tasks)
             wait(_LOOK)
+
+
+def _rows(task: Task) -> str:
+    return f"{task.rows:,} rows" + (f" of about {task.estimate:,}" if task.estimate else "")
+
+
+def _how(task: Task) -> str:
+    """Its rate, or what is to be said instead."""
+    if task.message:
+        return f"{task.state}: {task.message}"
+    if task.state in OPEN and task.silence > _SILENT:
+        return f"{task.state}: no progress for {task.silence:,.0f} s; does a bridge run?"
+    return f"{task.rows / task.age:,.0f} rows/s" if task.age and task.state == "running" else task.state
 
 
 def _names(config: Config, tables: Sequence[str]) -> list[Name]:

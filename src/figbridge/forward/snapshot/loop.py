@@ -33,7 +33,7 @@ from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
-from figbridge.forward.snapshot.progress import Progress, State, Task
+from figbridge.forward.snapshot.progress import Progress, State, Task, hide, show
 from figbridge.forward.snapshot.reads import Block
 from figbridge.forward.snapshot.standby import Standby
 from figbridge.forward.snapshot.window import Outcome, Window, Windows
@@ -62,13 +62,17 @@ class Claims:
         self._taken: set[Name] = set()
         self._wanted = list(tables)
 
-    def claim(self, connection: psycopg.Connection, progress: Progress) -> Task | None:
+    def claim(self, connection: psycopg.Connection, progress: Progress, metrics: Metrics) -> Task | None:
         """The next task that nobody is at, if there is one. Raises psycopg.Error."""
         with self._lock:
             for name in self._wanted:
                 progress.want_first(connection, name)
             self._wanted = []
-            for task in progress.tasks(connection):
+            tasks = progress.tasks(connection)
+            for task in tasks:
+                if task.name not in self._taken:
+                    show(metrics, task)
+            for task in tasks:
                 if task.state in ("waiting", "running") and task.name not in self._taken:
                     self._taken.add(task.name)
                     return task
@@ -130,6 +134,8 @@ class Snapshot:
         """Until `stop`."""
         self._stop = stop
         while not stop.is_set():
+            if not self._bridge.windows.streaming:
+                hide(self._bridge.metrics)
             if not (self._bridge.windows.streaming and persist(self._some, what="read a snapshot", stop=stop)):
                 stop.wait(_LOOK)
 
@@ -139,7 +145,7 @@ class Snapshot:
             legacy.connect(self._dsn, purpose="snapshot", autocommit=True) as connection,
             legacy.translated(),
         ):
-            task = self._bridge.claims.claim(connection, self._progress)
+            task = self._bridge.claims.claim(connection, self._progress, self._bridge.metrics)
             if task is None:
                 return False
             try:
@@ -189,6 +195,7 @@ class Snapshot:
         estimate = plan.estimate(connection, found)
         if not self._progress.start(connection, task, estimate):
             return
+        show(self._bridge.metrics, task, state="running", estimate=estimate)
         _log.info("snapshot", table=spell(*task.name), run=task.run, rows=task.rows, estimate=estimate)
         try:
             while not (place.ended and not place.again):
@@ -298,7 +305,8 @@ class Snapshot:
                 if self._stop.wait(_TICK):
                     raise Stopped
             rows = place.left.reads.left if place.left.reads else 0
-            self._bridge.metrics.snapshot_rows.labels(str(place.plan.relation)).inc(rows)
+            for series in (self._bridge.metrics.snapshot_rows, self._bridge.metrics.snapshot_durable):
+                series.labels(str(place.plan.relation)).inc(rows)
             place.left = None
         marks = [*([high.content("high")] if high else []), *([low.content("low")] if low else [])]
         return self._progress.advance(connection, task, place.noted, rows, marks)

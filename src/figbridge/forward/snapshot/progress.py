@@ -14,7 +14,7 @@ What another cluster wrote there, before a dump was restored, is left alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 import psycopg
 from psycopg.rows import class_row
@@ -22,6 +22,7 @@ from psycopg.types.json import Json
 
 from figbridge.forward.snapshot import PREFIX, backfill
 from figbridge.forward.snapshot.plan import Cursor
+from figbridge.metrics import Metrics
 from figbridge.preflight.catalogue import Name
 
 State = Literal["waiting", "running", "paused", "done", "cancelled", "failed"]
@@ -56,6 +57,21 @@ class Task:
     def name(self) -> Name:
         """The table."""
         return self.schema, self.table
+
+
+def show(metrics: Metrics, task: Task, *, state: State | None = None, estimate: int | None = None) -> None:
+    """Set the gauges of a table: as `task` has it, or as it is by now."""
+    label = ".".join(task.name)  # as all series name a table
+    for one in get_args(State):
+        metrics.snapshot_state.labels(label, one).set(one == (state or task.state))
+    metrics.snapshot_durable.labels(label).set(task.rows)
+    metrics.snapshot_estimate.labels(label).set(estimate or task.estimate or 0)
+
+
+def hide(metrics: Metrics) -> None:
+    """Another process has the stream, and says how far it is."""
+    for gauge in (metrics.snapshot_state, metrics.snapshot_durable, metrics.snapshot_estimate):
+        gauge.clear()
 
 
 class Progress:

@@ -1,0 +1,71 @@
+"""The rate of a snapshot, in a time of the test's own: whatever chunks come, and however long they take."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from figbridge.forward.snapshot.politeness import Pace
+from figbridge.metrics import Metrics
+from figbridge.retry import Stopped
+
+NO_CONNECTION: Any = None  # with lag=0 no standby is asked for
+METRICS = Metrics()
+
+
+class Time(threading.Event):
+    """The event that ends the bridge, whose waits are what time goes by in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.waited = 1000.0, 0.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.now += timeout or 0
+        self.waited += timeout or 0
+        return self.is_set()
+
+
+CHUNKS = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 3)), min_size=1, max_size=30)
+
+
+@given(st.floats(10, 100_000), CHUNKS)
+def test_a_rate_is_kept_over_any_stretch_and_costs_no_more_time_than_that(
+    rate: float, chunks: list[tuple[float, float]]
+) -> None:
+    """Of each chunk: how full it is of the rows that it may have, and the seconds that its reading takes."""
+    clock = Time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: clock.now)
+        pace = Pace(METRICS, rate=rate, lag=0)
+        begun, read = [], [0]
+        for part, seconds in chunks:
+            pace.wait(NO_CONNECTION, clock)
+            begun.append(clock.now)
+            rows = int(pace.most * part)
+            clock.now += seconds
+            pace.took(rows)
+            read.append(read[-1] + rows)
+    for last, end in enumerate(begun):
+        for first, start in enumerate(begun[: last + 1]):
+            assert read[last] - read[first] <= rate * (end - start + 1) + 1e-6
+    assert clock.waited <= read[-1] / rate + 1e-6
+
+
+def test_without_a_rate_nothing_is_waited_for() -> None:
+    pace, clock = Pace(METRICS, lag=0), Time()
+    for _ in range(3):
+        assert not pace.wait(NO_CONNECTION, clock)
+        pace.took(pace.most)
+    assert not clock.waited
+
+
+def test_a_bridge_that_stops_does_not_wait_for_its_rate() -> None:
+    pace, clock = Pace(METRICS, rate=10, lag=0), Time()
+    pace.took(1000)
+    clock.set()
+    with pytest.raises(Stopped):
+        pace.wait(NO_CONNECTION, clock)
