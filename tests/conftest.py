@@ -5,6 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
+
+# both would measure how busy the machine is
+settings.register_profile("figbridge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("figbridge")
 
 pytest_plugins = ["fixtures.postgres", "fixtures.aws", "fixtures.chance"]
 
