@@ -134,8 +134,8 @@ class Lines(Sequence[Event]):
     weight: int
 
     @abstractmethod
-    def lines(self) -> bytes:
-        """`Event.envelope` of each, with a line break behind it."""
+    def lines(self) -> Iterable[bytes]:
+        """`Event.envelope` of each, with a line break behind it, in some parts, which are made when they are taken."""
 
 
 class Named(NamedTuple):

@@ -48,6 +48,7 @@ from figbridge.forward.sanitize import Rules
 from figbridge.forward.shape import Shaper
 from figbridge.forward.snapshot.loop import Bridge, Claims, Snapshot
 from figbridge.forward.snapshot.politeness import Pace
+from figbridge.forward.snapshot.reads import Share
 from figbridge.forward.snapshot.window import Windows
 from figbridge.forward.standard import Standard
 from figbridge.forward.table import Naming
@@ -226,6 +227,7 @@ def _forward(
     standard = None
     if section.contracts:
         standard = _standard(section.contracts, publisher, dead_letters, metrics, supervisor, stack)
+    share = Share()
     loops: list[Loop] = [
         capture,
         Publish(
@@ -235,6 +237,7 @@ def _forward(
             source,
             versions=versions,
             standard=standard,
+            share=share,
             metrics=metrics,
             halt=supervisor.halt,
         ),
@@ -257,6 +260,7 @@ def _forward(
             metrics=metrics,
             rules=rules,
             excluded=excluded,
+            share=share,
             standby=section.snapshot_standby.get_secret_value() if section.snapshot_standby else None,
         )
         pace = partial(Pace, metrics, rate=section.snapshot_rows_per_second, lag=section.snapshot_standby_lag)

@@ -20,10 +20,10 @@ from typing import Final, Protocol
 import structlog
 
 from figbridge.retry import Stopped
+from figbridge.turns import TURN
 
 _log = structlog.get_logger()
 _YOUNG: Final = 50_000  # objects made since the last look of the collector; 700 by default
-_TURN: Final = 0.0001  # seconds; 5 ms by default
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _HALT_PATIENCE: Final = 5.0  # seconds that loops get to end once they are halted
 
@@ -39,7 +39,7 @@ def tune(*, answers: bool) -> None:
     gc.freeze()
     gc.set_threshold(_YOUNG, 20, 50)
     if answers:
-        sys.setswitchinterval(_TURN)
+        sys.setswitchinterval(TURN)
 
 
 class Loop(Protocol):

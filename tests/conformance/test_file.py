@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
 from conformance.events import event, number
 from conformance.sink_suite import SinkFeatures, SinkHarness, SinkSuite
 from figbridge.errors import SinkRefused, SinkUnavailable
+from figbridge.event import Lines
 from figbridge.transports.file import FileSink
 
 
@@ -81,6 +82,32 @@ def test_a_torn_last_line_is_cut_off(path: Path, kept: bytes, torn: bytes) -> No
         sink.publish([event(2)])
 
     assert path.read_bytes() == kept + event(2).envelope() + b"\n"
+
+
+class Parts(Lines):
+    """Events that come as lines, in parts of half a megabyte."""
+
+    def __init__(self, count: int) -> None:
+        self.parts = [(event(number).envelope() + b"\n") * 2000 for number in range(count)]
+        self.weight = sum(map(len, self.parts))
+
+    def __len__(self) -> int:
+        return 2000 * len(self.parts)
+
+    def __getitem__(self, _: object) -> Any:
+        raise AssertionError("its lines are enough")
+
+    def lines(self) -> Iterator[bytes]:
+        return iter(self.parts)
+
+
+def test_lines_that_come_in_parts(path: Path) -> None:
+    parts = Parts(6)
+    with opened(path) as sink:
+        sink.publish([event(1)])
+        sink.publish(parts)
+    assert parts.weight > 2 * 1024 * 1024  # the disk is told to begin before all are there
+    assert path.read_bytes() == LINE + b"".join(parts.parts)
 
 
 @pytest.mark.parametrize("foreign", [b"PK\x03\x04", b"some notes", LINE + b'{"mine": 1}'])

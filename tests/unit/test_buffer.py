@@ -1,7 +1,7 @@
 """The stream goes before what a snapshot has read, and no read undoes what the stream told."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -159,7 +159,32 @@ def test_the_lines_of_a_slice_are_the_envelopes_of_its_events() -> None:
     late.overtaken([event(2)])
     found, _ = late.slice(10)
     assert [json.loads(it.detail)["position"]["ordinal"] for it in found] == [0, 1]
-    assert found.lines() == b"".join(it.envelope() + b"\n" for it in found)
+    assert b"".join(found.lines()) == b"".join(it.envelope() + b"\n" for it in found)
+
+
+def test_slices_can_be_asked_for_in_any_order_and_again() -> None:
+    """The rows of a block are cut as they leave; a sink that fails asks once more, others never ask for the lines."""
+    late = reads([(number, 0, f"note {number}") for number in range(1200)], block=1000)
+    slices = [late.slice(510)[0] for _ in range(3)]
+    wanted = [[f"note {number}" for number in numbers] for numbers in (range(510), range(510, 1020), range(1020, 1200))]
+
+    def notes(lines: Iterable[bytes]) -> list[str]:
+        return [json.loads(line)["detail"]["after"]["big"] for line in b"".join(lines).splitlines()]
+
+    assert late.ended
+    assert [len(it) for it in slices] == [510, 510, 180]
+    assert notes(slices[1].lines()) == wanted[1]
+    next(iter(slices[0].lines()))  # and there it failed
+    assert [notes(it.lines()) for it in slices] == wanted
+    assert [[json.loads(it.detail)["after"]["big"] for it in one] for one in slices] == wanted
+    assert [notes(it.lines()) for it in slices] == wanted
+
+
+def test_the_sizes_of_slices_are_the_size_of_all() -> None:
+    late = reads([(number, 0, "x" * number) for number in range(20)], block=7)
+    whole = late.size
+    sizes = [late.slice(3)[1] for _ in range(7)]
+    assert (sum(sizes), late.size, late.ended) == (whole, 0, True)
 
 
 @dataclass

@@ -233,6 +233,7 @@ class Publish:
         *,
         versions: VersionStore | None = None,
         standard: Standard | None = None,
+        share: Share | None = None,
         metrics: Metrics,
         halt: threading.Event,
     ) -> None:
@@ -244,7 +245,7 @@ class Publish:
         self._versions = versions
         self._metrics = metrics
         self._halt = halt
-        self._reads = Share()
+        self._reads = share or Share()
 
     def run(self, _stop: threading.Event) -> None:
         """Until the capture loop has closed the buffer and it is empty: a soft stop drains."""

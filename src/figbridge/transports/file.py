@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +26,7 @@ _BLOCK = 64 * 1024  # bytes read at once when looking for the last newline
 _HEADS: Final = (b'{"version":"0","id":', b'{"specversion":"1.0","id":', b'{"figbridge":{"id":', b'{"id":')
 # The file does not care how long a line is; what groups writes is how much memory and how many fsyncs they cost.
 _LIMITS: Final = Limits(entries=10_000, entry_bytes=1 << 31, batch_bytes=16 * 1024 * 1024, partial=False)
+_AHEAD = 1024 * 1024  # bytes that are written before the disk is told to begin
 _FRAME = 256  # bytes of a line beside its detail, more or less
 
 # fdatasync leaves out the modification time, which nobody needs to be durable; it writes the size, which we do need
@@ -58,12 +59,12 @@ class FileSink:
         """Append `events`; on disk when this returns. Raises SinkUnavailable (nothing was appended), SinkRefused."""
         if not events:
             return ()
-        lines = events.lines() if isinstance(events, Lines) else b"\n".join([*events[0].bodies(events), b""])
+        lines = events.lines() if isinstance(events, Lines) else [b"\n".join([*events[0].bodies(events), b""])]
         fd = self._descriptor()
         try:
             self._mend(fd)
-            self._torn_at = os.fstat(fd).st_size
-            _write_all(fd, lines)
+            self._torn_at = end = os.fstat(fd).st_size
+            _append(fd, lines, end)
             _sync(fd)
         except OSError as error:
             # After a failed fsync as well: the kernel drops what it could not write and calls the next fsync a
@@ -168,6 +169,27 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _append(fd: int, parts: Iterable[bytes], end: int) -> None:
+    """Write `parts` behind `end`. What has come together goes to the disk while the next part is made."""
+    told = end
+    for part in parts:
+        _write_all(fd, part)
+        end += len(part)
+        if end - told > _AHEAD:
+            _begin_writing(fd, told, end - told)
+            told = end
+
+
+def _begin_writing(fd: int, offset: int, size: int) -> None:
+    """Let the kernel begin, without waiting: of what is dirty the advice that we are done with it says no more.
+
+    https://man7.org/linux/man-pages/man2/posix_fadvise.2.html (POSIX_FADV_DONTNEED)
+    """
+    if hasattr(os, "posix_fadvise"):  # macOS has none
+        with contextlib.suppress(OSError):  # it is an advice: a file system need not take it
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _write_all(fd: int, data: bytes) -> None:

@@ -12,22 +12,26 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from math import inf
+from typing import Final, cast
 
 import psycopg
 from psycopg import sql
 
 from figbridge.errors import LegacyUnavailable
+from figbridge.forward.snapshot import joined
 from figbridge.forward.snapshot import plan as plans
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
-from figbridge.forward.snapshot.reads import Block
+from figbridge.forward.snapshot.reads import Block, Share
 from figbridge.preflight.catalogue import Name, quote
 
-MOST_BYTES: Final = 6 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
+MOST_BYTES: Final = 12 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
 _BLOCK_ROWS: Final = 500  # and
 _BLOCK_BYTES: Final = 512 * 1024  # of a block, about, which leaves at once
 _SECONDS: Final = 2.0  # after which the reading of a chunk is broken off
+_ODD: Final = 16  # chunks that are read by COPY once a row was odd: to find out costs as much as a chunk
+_REST: Final = 0.02  # seconds, at most
 _PATIENCE: Final = 200  # looks, 10 ms apart, whether a commit that was met has become visible
 _BEGIN: Final = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
@@ -51,13 +55,17 @@ class _Enough(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What was read, and where the next chunk begins. `end`: there is none. In seconds and bytes."""
+    """What was read, and where the next chunk begins. `end`: there is none. In seconds and bytes.
+
+    `odd`: see `joined`.
+    """
 
     blocks: Sequence[Block]
     cursor: Cursor | None
     end: bool
     seconds: float
     size: int
+    odd: bool = False
 
     @property
     def rows(self) -> int:
@@ -67,17 +75,24 @@ class Chunk:
 
 @dataclass(slots=True)
 class Size:
-    """How many rows a chunk asks for: as many as take about `target` seconds, or are about `MOST_BYTES`."""
+    """How many rows a chunk asks for: as many as take about `target` seconds, or are about `MOST_BYTES`.
+
+    `width` is the size of a row, in bytes; infinite for the next `_ODD` chunks where rows were odd.
+    """
 
     target: float = 0.5
     rows: int = 2000
+    width: float = joined.NARROW
+    odd: int = 0
     _most: int = 100_000
 
-    def learn(self, rows: int, seconds: float, size: int) -> None:
-        """A chunk of `rows` took `seconds`, and was `size` bytes."""
-        if rows:
-            wanted = int(rows * min(self.target / max(seconds, 0.001), MOST_BYTES / size))
+    def learn(self, chunk: Chunk) -> None:
+        """From what was read."""
+        if rows := chunk.rows:
+            wanted = int(rows * min(self.target / max(chunk.seconds, 0.001), MOST_BYTES / chunk.size))
             self.rows = max(10, min(wanted, 4 * self.rows, self._most))
+        self.odd = _ODD if chunk.odd else max(0, self.odd - 1)
+        self.width = inf if self.odd or not rows else chunk.size / rows
 
 
 @contextmanager
@@ -118,8 +133,14 @@ def read(
     *,
     most: int,
     again: Sequence[Sequence[str]] = (),
+    width: float = inf,
+    share: Share | None = None,
 ) -> Chunk:
-    """The rows behind `cursor`, or those with the keys `again`. Call within `locked`."""
+    """The rows behind `cursor`, or those with the keys `again`. Call within `locked`.
+
+    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. By `share` the stream has the half of
+    the time while it flows.
+    """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
         path = ", ".join(quote(schema) for schema in ("pg_catalog", *plan.path))
@@ -132,14 +153,25 @@ def read(
         statement = layout.copy(plans.rows_chunk(plan, layout.query, again, condition))
         blocks, seconds, size, _ = _blocks(connection, statement, layout.block, bounded=False)
         return Chunk(blocks, cursor, False, seconds, size)
+    odd = False
+    if width <= joined.NARROW and joined.fits(plan, layout, condition):
+        began = time.monotonic()
+        found = joined.read(
+            connection, plan, layout, cursor,
+            most=most, most_bytes=MOST_BYTES, seconds=_SECONDS, width=width, share=share,
+        )  # fmt: skip
+        if found.blocks or found.end:
+            size = sum(block.size for block in found.blocks)
+            return Chunk(found.blocks, found.cursor, found.end, time.monotonic() - began, size, found.odd)
+        odd = found.odd
     if plan.key:
         statement = layout.copy(plans.key_chunk(plan, layout.query, cursor, condition, most))
-        blocks, seconds, size, whole = _blocks(connection, statement, layout.block)
+        blocks, seconds, size, whole = _blocks(connection, statement, layout.block, share=share)
         last: Cursor | None = cursor
         if blocks:
-            (row,) = layout.rows(_last_line(blocks[-1].text))
-            last = {"columns": list(plan.key), "key": layout.keys(row, plan.indexes(plan.key))}
-        return Chunk(blocks, last, whole and sum(block.rows for block in blocks) < most, seconds, size)
+            (row,) = layout.rows(_last_line(cast(bytes, blocks[-1].text)))
+            last = plans.cursor(plan, layout.keys(row, plan.indexes(plan.key)))
+        return Chunk(blocks, last, whole and sum(block.rows for block in blocks) < most, seconds, size, odd)
     place = plans.ctid_leaf(connection, plan, cursor)
     if place is None:
         return Chunk((), cursor, True, 0.0, 0)
@@ -154,7 +186,7 @@ def read(
 
     columns = sql.SQL(", ").join([sql.SQL("ctid"), *([layout.query] if plan.relation.columns else [])])
     statement = layout.copy(plans.ctid_chunk(plan, columns, place, condition))
-    blocks, seconds, size, whole = _blocks(connection, statement, placed)
+    blocks, seconds, size, whole = _blocks(connection, statement, placed, share=share)
     end = f"({plans.ctid_end(place)},0)" if whole else ctid.decode()
     return Chunk(blocks, place | {"ctid": end}, False, seconds, size)
 
@@ -187,22 +219,31 @@ def _arrived(connection: psycopg.Connection, copy: psycopg.Copy, lines: list[Lin
 
 
 def _blocks(
-    connection: psycopg.Connection, statement: sql.Composed, made: Callable[[bytes], bytes], *, bounded: bool = True
+    connection: psycopg.Connection,
+    statement: sql.Composed,
+    made: Callable[[bytes], bytes],
+    *,
+    bounded: bool = True,
+    share: Share | None = None,
 ) -> tuple[list[Block], float, int, bool]:
     """The rows, seconds, bytes, and whether all of them came; `bounded`: not all of them need to.
 
     Blocks are made while the server is at the next rows.
     """
     blocks: list[Block] = []
-    began, size = time.monotonic(), 0
+    began = cut_at = time.monotonic()
+    size = 0
     lines: list[Line] = []
 
     def cut() -> None:
-        nonlocal size, lines
+        nonlocal size, lines, cut_at
         copied = b"".join(lines)
         size += len(copied)
         blocks.append(Block(made(copied), len(lines)))
         lines = []
+        if share and share.flows:  # the server goes on till the socket is full
+            time.sleep(min(_REST, time.monotonic() - cut_at))
+            cut_at = time.monotonic()
 
     try:
         with connection.cursor() as cursor, cursor.copy(statement) as copy:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CodeType
 from typing import Any, Final
 
 import orjson
@@ -27,16 +28,17 @@ from figbridge.change import Operation
 from figbridge.event import Event, attributes
 from figbridge.forward import values
 from figbridge.forward.place import Stamp
+from figbridge.forward.snapshot.joint import Joint, Text, Values, joint
 from figbridge.forward.table import Table
 
-Values = tuple[str, ...]  # of a row, as JSON, in the order of its columns
-
 _NULL: Final = b"\\N"
+_PLACE: Final = re.compile("§([0-9]+)§")
 _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 _MEANS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 # encoders whose rule is to_json's, for every value of their types
 _SERVED: Final = {values.text, values.boolean, values.float_, values.timestamp, values.timestamptz, values.exact_number}
 _NAMED_BY_TEXT: Final = {_built_in[name].oid for name in ("int2", "int4", "int8", "uuid")}
+_INT8: Final = _built_in["int8"].oid  # its values are digits or null
 _UUID: Final = _built_in["uuid"].oid
 _JSONB: Final = _built_in["jsonb"].oid
 
@@ -44,11 +46,12 @@ _JSONB: Final = _built_in["jsonb"].oid
 class Layout:
     """See the module. `keyed`: the key's columns name a row in events; else all of its columns do.
 
-    `query` is what to SELECT of a row.
+    `query` is what to SELECT of a row, ``joint`` the other way of its rows, if there is one for the table.
     """
 
     def __init__(self, table: Table, *, keyed: bool) -> None:
         self.table, self.keyed = table, keyed
+        self.joint: Joint | None
         self._encoders = table.encoders
         oids = [column.type_oid for column in table.relation.columns]
         self._ways = [_way(oid, encode) for oid, encode in zip(oids, self._encoders, strict=True)]
@@ -58,6 +61,7 @@ class Layout:
             for way, column in zip(self._ways, table.relation.columns, strict=True)
         )
         self._options = sql.SQL(" (NULL 'null')" if self._all_served else "")
+        self.joint = joint(table)
         self._parts = table.parts[Operation.READ]
         by_text = keyed and {oids[index] for index in table.keys} <= _NAMED_BY_TEXT
         self._functions = _functions(table, keyed=keyed, by_text=[oids[it] for it in table.keys] if by_text else [])
@@ -77,7 +81,7 @@ class Layout:
         ]
         return b"\n".join(lines) + b"\n"
 
-    def leaving(self, block: bytes, rows: int) -> tuple[bytes, int]:
+    def leaving(self, block: Text, rows: int) -> tuple[Text, int]:
         """What of a block leaves, and how many rows that is: all of it, where no rule says otherwise."""
         return block, rows
 
@@ -88,8 +92,10 @@ class Layout:
             field = _ESCAPE.sub(lambda found: _MEANS.get(found[1], found[1]), field)
         return field if self._ways[index] else self._encoders[index](field)
 
-    def rows(self, block: bytes) -> Iterator[Values]:
+    def rows(self, block: Text) -> Iterator[Values]:
         """The rows of a block."""
+        if isinstance(block, tuple):
+            return self.joint.rows(block) if self.joint else iter(())
         try:
             text = block.decode()
         except UnicodeDecodeError:
@@ -165,17 +171,25 @@ def _hash(name: str) -> str:
 
 
 class _Pieces:
-    """Constants of a function whose text has numbers alone, each once: ``{p3}`` within an f-string is the fourth."""
+    """Constants of a function whose text has numbers alone: ``§3§`` within an f-string stands for the fourth."""
 
     def __init__(self) -> None:
-        self._found: dict[str, str] = {}
+        self._found: list[str] = []
 
     def __call__(self, text: str) -> str:
-        return f"{{{self._found.setdefault(text, f'p{len(self._found)}')}}}"
+        self._found.append(text)
+        return f"§{len(self._found) - 1}§"
 
-    @property
-    def namespace(self) -> dict[str, str]:
-        return {name: text for text, name in self._found.items()}
+    def put(self, code: CodeType) -> CodeType:
+        """`code` with the constants in their places: as one with the text around them, which is half as dear."""
+        constants = [
+            self.put(it) if isinstance(it, CodeType) else self._said(it) if isinstance(it, str) else it
+            for it in code.co_consts
+        ]
+        return code.replace(co_consts=tuple(constants))
+
+    def _said(self, constant: str) -> str:
+        return _PLACE.sub(lambda found: self._found[int(found[1])], constant)
 
 
 def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str, Callable[..., Any]]:
@@ -194,9 +208,10 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
     key = members(table.keys) + piece("}") if table.keys else piece("null")
     name = key if keyed else image + piece("}")
     numbers = [
-        f"if len(v{it}) > {values.SAFE_LENGTH} or v{it}[-1] > '9': v{it} = number(v{it})"
+        f"if len(v{it}) > {values.SAFE_LENGTH}{odd}: v{it} = number(v{it})"
         for it in width
         if table.encoders[it] is values.safe_number
+        for odd in ["" if table.relation.columns[it].type_oid == _INT8 else f" or v{it}[-1] > '9'"]
     ]
     if by_text:
         texts = [
@@ -218,7 +233,6 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
     }
     namespace: dict[str, Any] = {"Event": Event, "new": tuple.__new__, "number": _number, "hash": _hash}
     namespace |= {"source": parts.source, "detail_type": parts.detail_type, "resources": parts.resources}
-    namespace |= piece.namespace
     row = "".join(f"v{it}, " for it in width)
     for function, body in bodies.items():
         text = [
@@ -228,5 +242,5 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
             *[f"  {line}" for line in body],
             " return made",
         ]
-        exec("\n".join(text), namespace)  # noqa: S102 (the text is made of numbers)
+        exec(piece.put(compile("\n".join(text), "<rows of a table>", "exec")), namespace)  # noqa: S102
     return {function: namespace[function] for function in bodies}

@@ -34,7 +34,7 @@ from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
 from figbridge.forward.snapshot.progress import Progress, State, Task, hide, show
-from figbridge.forward.snapshot.reads import Block
+from figbridge.forward.snapshot.reads import Block, Share
 from figbridge.forward.snapshot.standby import Standby
 from figbridge.forward.snapshot.window import Outcome, Window, Windows
 from figbridge.forward.source import SETTINGS
@@ -43,10 +43,12 @@ from figbridge.forward.values import Encoders
 from figbridge.metrics import Metrics
 from figbridge.preflight.catalogue import Name, spell
 from figbridge.retry import Stopped, persist
+from figbridge.turns import SHORT_TURNS
 
 _log = structlog.get_logger()
 
 _LOOK: Final = 1.0  # seconds between two looks for a task
+_SOON: Final = 0.05  # seconds between two looks whether there is a stream
 _TICK: Final = 0.001  # seconds between two looks whether a chunk is durable
 
 
@@ -100,6 +102,7 @@ class Bridge:
     metrics: Metrics
     rules: Rules = field(default_factory=Rules)
     excluded: Name | None = None  # the outbox: its rows are no state but events
+    share: Share = field(default_factory=Share)  # the publish loop's
     standby: str | None = None  # the DSN of a standby that chunks are read from
 
 
@@ -134,10 +137,11 @@ class Snapshot:
         """Until `stop`."""
         self._stop = stop
         while not stop.is_set():
-            if not self._bridge.windows.streaming:
+            streaming = self._bridge.windows.streaming
+            if not streaming:
                 hide(self._bridge.metrics)
-            if not (self._bridge.windows.streaming and persist(self._some, what="read a snapshot", stop=stop)):
-                stop.wait(_LOOK)
+            if not (streaming and persist(self._some, what="read a snapshot", stop=stop)):
+                stop.wait(_LOOK if streaming else _SOON)
 
     def _some(self) -> bool:
         """Work at the next task, as far as it goes; False when there is none. Raises LegacyUnavailable."""
@@ -149,7 +153,7 @@ class Snapshot:
             if task is None:
                 return False
             try:
-                with self._reader():
+                with self._reader(), SHORT_TURNS:
                     self._task(connection, task)
             except BridgeError as trouble:  # it is tried again
                 with suppress(psycopg.Error):
@@ -251,12 +255,13 @@ class Snapshot:
                     return None
                 most = min(self._size.rows, self._pace.most)
                 read = chunk.read(
-                    reader, place.plan, place.layout, place.reached, task.condition, most=most, again=place.again
-                )
+                    reader, place.plan, place.layout, place.reached, task.condition,
+                    most=most, again=place.again, width=self._size.width, share=self._bridge.share,
+                )  # fmt: skip
         except chunk.Gone:
             raise Failed(f"there is no table {spell(*task.name)} any more") from None
         if not place.again:
-            self._size.learn(read.rows, read.seconds, read.size)
+            self._size.learn(read)
         return read
 
     def _identity(self, task: Task, found: Plan) -> str:

@@ -112,6 +112,16 @@ def key_chunk(
     )
 
 
+def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
+    """Behind the row with this key."""
+    return {"columns": list(plan.key), "key": list(key)}
+
+
+def key_rows(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
+    """The same without a condition, of all columns."""
+    return key_chunk(plan, _listed([column.name for column in plan.relation.columns]), cursor, None, most)
+
+
 def rows_chunk(
     plan: Plan, columns: sql.Composable, keys: Sequence[Sequence[str]], condition: str | None
 ) -> sql.Composed:

@@ -8,38 +8,105 @@ The rows stay as they came, 150 bytes or so each, and become events when their s
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple, overload
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar, overload
 
 from figbridge.event import Event, Lines
 from figbridge.forward.checkpoint import Ticket
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.layout import Layout, Values
+from figbridge.forward.snapshot.joint import Text, Values
+from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.versions import Version
 
 if TYPE_CHECKING:
     from figbridge.forward.snapshot.window import Window
 
+T = TypeVar("T")
 _FEWEST, _MOST = 500, 10_000  # rows that leave at once
-_BRIEF, _LONG = 0.004, 0.050  # seconds that they may take: while the stream flows, and while it has rested
+_BRIEF, _LONG = 0.0015, 0.050  # seconds that they may take: while the stream flows, and while it has rested
 _RESTS: Final = 1.0  # seconds without an event
+_PART: Final = 500  # rows that become lines at once; what has no room in a cache costs more
 _FRAME: Final = 700  # bytes, about, of an envelope beside its values, and the names of ten columns or so
 
 
 class Block(NamedTuple):
-    """Neighbouring rows, as `Layout.block` has made them."""
+    """Neighbouring rows, as `Layout.block` or `Joint.block` has made them."""
 
-    text: bytes
+    text: Text
     rows: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
+
+
+class _Opened:
+    """A block that leaves in stretches, in their order, as a rule; each can be asked for again."""
+
+    def __init__(self, block: Block, layout: Layout) -> None:
+        self.rows, self.size, self._text, self._layout = block.rows, block.size, block.text, layout
+        self._values, self._at = layout.rows(block.text), 0
+        self.given = 0
+
+    def part(self, most: int) -> tuple["_Stretch", int]:
+        """The next rows, at most so many, and their share of the bytes."""
+        count = min(most, self.rows - self.given)
+        size = self.size * count // max(1, self.rows - self.given)
+        stretch = _Stretch(self, self.given, count)
+        self.given += count
+        self.size -= size
+        return stretch, size
+
+    def parts(self, begin: int, count: int) -> Iterator[tuple[Iterator[Values], int]]:
+        """The rows from `begin` on, some at a time; each part is to be consumed before the next."""
+        values, own = self._values, begin == self._at
+        if not own:
+            values = islice(self._layout.rows(self._text), begin, None)
+        else:
+            self._at = -1  # until all are consumed
+        for first in range(0, count, _PART):
+            rows = min(_PART, count - first)
+            yield islice(values, rows), rows
+        if own:
+            self._at = begin + count
+
+
+class _Stretch(NamedTuple):
+    """Rows of a block."""
+
+    opened: _Opened
+    begin: int
+    rows: int
+
+    def parts(self) -> Iterator[tuple[Iterable[Values], int]]:
+        """See `_Opened.parts`."""
+        return self.opened.parts(self.begin, self.rows)
+
+
+class _Chosen(NamedTuple):
+    """Rows of which some have gone."""
+
+    rows: Sequence[Values]
+
+    def parts(self) -> Iterator[tuple[Iterable[Values], int]]:
+        """As `_Stretch.parts`."""
+        yield self.rows, len(self.rows)
 
 
 class Slice(Lines):
     """Events of some rows, made when they are asked for."""
 
     def __init__(
-        self, layout: Layout, block: bytes | Sequence[Values], rows: int, size: int, about: tuple[str, Stamp, int]
+        self,
+        layout: Layout,
+        stretches: Sequence[_Stretch | _Chosen],
+        rows: int,
+        size: int,
+        about: tuple[str, Stamp, int],
     ) -> None:
-        self._layout, self._block, self._rows, self._about = layout, block, rows, about
+        self._layout, self._stretches, self._rows, self._about = layout, stretches, rows, about
         self.weight = 2 * size + _FRAME * rows
         self._events: list[Event] | None = None
 
@@ -48,7 +115,7 @@ class Slice(Lines):
 
     def __iter__(self) -> Iterator[Event]:
         if self._events is None:
-            self._events = self._layout.events(self._made(), *self._about)
+            self._events = [event for events in self._made(self._layout.events) for event in events]
         return iter(self._events)
 
     @overload
@@ -58,12 +125,16 @@ class Slice(Lines):
     def __getitem__(self, index: int | slice) -> Event | Sequence[Event]:
         return list(self)[index]
 
-    def lines(self) -> bytes:
+    def lines(self) -> Iterator[bytes]:
         """See `Lines`."""
-        return self._layout.lines(self._made(), *self._about)
+        return self._made(self._layout.lines)
 
-    def _made(self) -> Iterable[Values]:
-        return self._layout.rows(self._block) if isinstance(self._block, bytes) else self._block
+    def _made(self, make: Callable[[Iterable[Values], str, Stamp, int], T]) -> Iterator[T]:
+        identity, stamp, ordinal = self._about
+        for stretch in self._stretches:
+            for rows, count in stretch.parts():
+                yield make(rows, identity, stamp, ordinal)
+                ordinal += count
 
 
 class Reads:
@@ -77,11 +148,12 @@ class Reads:
         self.left, self.behind = 0, 0  # behind: how many batches of the stream go before it
         self._layout, self._identity, self._stamp = window.layout, window.identity, stamp
         self._blocks, self._touched = list(reversed(window.offered)), window.touched
+        self._opened: _Opened | None = None
 
     @property
     def size(self) -> int:
         """Bytes of what has not left yet."""
-        return sum([len(block.text) for block in self._blocks])
+        return sum([block.size for block in self._blocks]) + (self._opened.size if self._opened else 0)
 
     @property
     def whole(self) -> bool:
@@ -94,28 +166,36 @@ class Reads:
         self._touched.update([event.old_key for event in events if event.old_key is not None])
 
     def slice(self, rows: int) -> tuple[Slice, int]:
-        """The next, of about `rows` rows, and its size as `size` has counted it."""
-        blocks = [self._blocks.pop()] if self._blocks else []
-        count = sum([block.rows for block in blocks])
-        while self._blocks and count + self._blocks[-1].rows <= rows:
-            blocks.append(self._blocks.pop())
-            count += blocks[-1].rows
-        text = b"".join([block.text for block in blocks])
-        block: bytes | Sequence[Values] = text
+        """The next, of at most `rows` rows, and its size as `size` has counted it."""
+        found: list[_Stretch | _Chosen] = []
+        count = size = 0
+        while count < rows and not self.ended:
+            if self._opened is None:
+                self._opened = _Opened(self._blocks.pop(), self._layout)
+            stretch, bytes_ = self._opened.part(rows - count)
+            found.append(stretch)
+            count += stretch.rows
+            size += bytes_
+            if self._opened.given == self._opened.rows:
+                self._opened = None
         if self._touched and count:
-            found = list(self._layout.rows(text))
-            names = self._layout.names(found)
-            if not self._touched.isdisjoint(names):
-                block = [row for row, name in zip(found, names, strict=True) if name not in self._touched]
-                count = len(block)
+            found = [self._untouched(found)]
+            count = sum(len(it.rows) for it in found if isinstance(it, _Chosen))
         about = self._identity, self._stamp, self.left
         self.left += count
-        return Slice(self._layout, block, count, len(text), about), len(text)
+        return Slice(self._layout, found, count, size, about), size
+
+    def _untouched(self, stretches: Sequence[_Stretch | _Chosen]) -> _Chosen:
+        rows = [row for stretch in stretches for part, _ in stretch.parts() for row in part]
+        names = self._layout.names(rows)
+        if self._touched.isdisjoint(names):
+            return _Chosen(rows)
+        return _Chosen([row for row, name in zip(rows, names, strict=True) if name not in self._touched])
 
     @property
     def ended(self) -> bool:
         """Whether all has been given away."""
-        return not self._blocks
+        return not self._blocks and self._opened is None
 
 
 class Share:
@@ -125,13 +205,18 @@ class Share:
         self.rows = _FEWEST
         self._streamed = float("-inf")
 
+    @property
+    def flows(self) -> bool:
+        """Whether the stream had events just now. Other threads may ask."""
+        return time.monotonic() - self._streamed < _RESTS
+
     def took(self, events: int, seconds: float, *, read: bool) -> None:
         """`events` became durable in `seconds`."""
         now = time.monotonic()
         if not read:
             self._streamed = now
             return
-        wanted = _BRIEF if now - self._streamed < _RESTS else _LONG
+        wanted = _BRIEF if self.flows else _LONG
         # a sink has a cost of its own for each request: no less than half as many, no more than twice as many at once
         rows = int(events * min(2.0, max(0.5, wanted / max(seconds, 1e-6))))
         self.rows = max(_FEWEST, min(rows, _MOST))

@@ -15,7 +15,8 @@ from psycopg import sql
 from figbridge.change import Operation, Row
 from figbridge.event import Event, envelopes
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.layout import Layout, Values
+from figbridge.forward.snapshot.joint import Text, Values
+from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.table import Table
 
 _NULL: Final = b"\\N"
@@ -32,7 +33,7 @@ class Sanitized(Layout):
     """As `Layout`, whose `Values` are rows in their text form here. Blocks are lines of COPY as they came."""
 
     def __init__(self, table: Table, *, keyed: bool) -> None:
-        self.table, self.keyed = table, keyed
+        self.table, self.keyed, self.joint = table, keyed, None
         names = [column.name for column in table.relation.columns]
         self.query = sql.SQL(", ").join(map(sql.Identifier, names))
 
@@ -44,17 +45,19 @@ class Sanitized(Layout):
         """See `Layout.block`."""
         return copied
 
-    def leaving(self, block: bytes, rows: int) -> tuple[bytes, int]:
+    def leaving(self, block: Text, rows: int) -> tuple[Text, int]:
         """See `Layout.leaving`."""
         where = self.table.where
-        if where is None:
+        if where is None or isinstance(block, tuple):
             return block, rows
         lines = [line for line in block[:-1].split(b"\n") if where.row(_row(line))] if rows else []
         return b"".join([line + b"\n" for line in lines]), len(lines)
 
-    def rows(self, block: bytes) -> Iterator[Any]:
+    def rows(self, block: Text) -> Iterator[Any]:
         """See `Layout.rows`."""
-        return iter([_row(line) for line in block[:-1].split(b"\n")] if block else [])
+        if isinstance(block, tuple) or not block:
+            return iter(())  # there is no joint
+        return iter([_row(line) for line in block[:-1].split(b"\n")])
 
     def names(self, rows: Iterable[Any]) -> list[str]:
         """See `Layout.names`."""

@@ -20,7 +20,8 @@ import orjson
 
 from figbridge.change import Change, Lsn, Operation, Relation, Row
 from figbridge.event import Event
-from figbridge.forward.snapshot.layout import Layout, Values
+from figbridge.forward.snapshot.joint import Values
+from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.reads import Block, Reads
 
 _NOWHERE: Final = Lsn(0)

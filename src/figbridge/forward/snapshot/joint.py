@@ -1,0 +1,171 @@
+r"""Rows that the server joins: all values of a stretch of rows in a few long texts, in the place of a message a row.
+
+COPY sends each row as a message of its own, which libpq, psycopg and Python each handle: 1 µs a row. And ``to_json``
+costs the server 0.1 µs a value. Here a statement answers with up to three texts, in which the values of all rows stand
+one after another, and what must be done to them is done to the whole text at once:
+
+    plain   numbers, booleans, jsonb   are JSON as PostgreSQL prints them
+    text    text and all that is like it   escaped as JSON in one call of orjson
+    time    timestamps   a ``T`` in the place of the blank, ``+00:00`` for ``+00``
+
+``plain`` and ``text`` have U+007F between two values, ``time`` has it between quotation marks. A value may have it,
+too: then the numbers of values and of columns differ. NULL in ``text`` and ``time`` is a word that this process has
+made up by chance.
+
+INVARIANT. The values are those of the stream's encoders, byte by byte, or there are none: what is not so simple makes
+`Joint.block` return None, and the rows are read in the other way, by COPY. That is U+007F in a text, bytes that are no
+UTF-8, a year before Christ. Neither does the server ever make a text that is much larger than was asked for: a row
+with a value that takes more than `_WIDE` bytes on disk, which it knows without reading the value, is left empty, and
+reported.
+https://www.postgresql.org/docs/current/functions-aggregate.html
+"""
+
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from typing import Final
+
+import orjson
+from psycopg import sql
+from psycopg.postgres import types as _built_in
+
+from figbridge.forward import values
+from figbridge.forward.table import Table
+
+Values = tuple[str, ...]  # of a row, as JSON, in the order of its columns
+Text = bytes | tuple[bytes, ...]  # of a block: lines, or what `Joint.block` has made
+
+_PLAIN, _TEXT, _TIME = range(3)
+_WIDE: Final = 2000  # bytes; PostgreSQL moves larger values out of the row, as a rule
+_WORD: Final = secrets.token_hex(8).encode()
+_NULL: Final = f"\x01{_WORD.decode()}"
+_PART: Final = 32 * 1024  # bytes
+_SEPARATOR: Final = b"\x7f"  # JSON has no escape for it, which orjson would take its time for
+_BETWEEN: Final = (r"\x7f", r"\x7f", r'"\x7f"')
+_OID: Final = {
+    name: _built_in[name].oid for name in ("text", "varchar", "jsonb", "float4", "float8", "int8", "numeric", "bpchar")
+}
+# of a length that never is a matter
+_SHORT: Final = {
+    _built_in[name].oid
+    for name in ("bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz", "date", "uuid")
+}
+_BOOLEAN: Final = "CASE WHEN {it} THEN 'true' WHEN NOT {it} THEN 'false' ELSE 'null' END"
+# encoder → the text, and how the value gets into it: as it is when it cannot be NULL, and else
+_WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
+    values.raw: (_PLAIN, "{it}", "coalesce({it}::text, 'null')"),
+    values.safe_number: (_PLAIN, "{it}", "coalesce({it}::text, 'null')"),
+    values.boolean: (_PLAIN, _BOOLEAN, _BOOLEAN),
+    values.timestamp: (_TIME, "{it}", "coalesce({it}::text, {null})"),
+    values.timestamptz: (_TIME, "{it}", "coalesce({it}::text, {null})"),
+    # a cast to text is not always what the type prints (inet, character); concat prints
+    values.text: (_TEXT, "{it}", "CASE WHEN {it} IS NULL THEN {null} ELSE pg_catalog.concat({it}) END"),
+}
+_TEXTS: Final = (_TEXT, "{it}", "coalesce({it}, {null})")
+_BLANKS: Final = (_TEXT, "{it}", "coalesce({it}, {null}::pg_catalog.bpchar)")
+_QUOTED: Final = (_PLAIN, "pg_catalog.to_json({it})", "coalesce(pg_catalog.to_json({it})::text, 'null')")
+
+
+def joint(table: Table) -> "Joint | None":
+    """For the rows of `table`, if all of its columns can be read so."""
+    ways = [
+        _way(column.type_oid, encoder) for column, encoder in zip(table.relation.columns, table.encoders, strict=True)
+    ]
+    found = [way for way in ways if way]
+    return Joint(table, found) if found and len(found) == len(ways) and not table.ruled else None
+
+
+def _way(oid: int, encoder: values.Encoder) -> tuple[int, str, str] | None:
+    if oid in (_OID["text"], _OID["varchar"]):
+        return _TEXTS
+    if oid == _OID["bpchar"]:
+        return _BLANKS
+    if oid == _OID["jsonb"]:
+        return _WAYS[values.raw]
+    if oid in (_OID["float4"], _OID["float8"]) or (
+        encoder is values.exact_number and oid in (_OID["int8"], _OID["numeric"])
+    ):
+        return _QUOTED
+    return _WAYS.get(encoder)
+
+
+class Joint:
+    """See the module."""
+
+    def __init__(self, table: Table, ways: Sequence[tuple[int, str, str]]) -> None:
+        self._columns, self._ways = table.relation.columns, ways
+        self._groups = [group for group, _, _ in ways]
+        self._counts = [self._groups.count(group) for group in (_PLAIN, _TEXT, _TIME)]
+
+    def around(self, never_null: Collection[str]) -> tuple[sql.Composed, sql.Composed]:
+        """What stands before and behind a SELECT of the columns in the statement that joins its rows.
+
+        It answers with (number of rows, whether one was left empty, the texts), each NULL if there are no rows.
+        """
+        items: list[list[sql.Composable]] = [[], [], []]
+        sizes: list[sql.Composable] = []
+        for place, (column, (group, sure, other)) in enumerate(zip(self._columns, self._ways, strict=True)):
+            it = sql.Identifier(f"c{place}")
+            items[group].append(sql.SQL(sure if column.name in never_null else other).format(it=it, null=_NULL))
+            if column.type_oid not in _SHORT:
+                sizes.append(sql.SQL("pg_catalog.pg_column_size({})").format(it))
+        comma = sql.SQL(", ")
+        joined = "pg_catalog.string_agg(CASE WHEN wide THEN '' ELSE pg_catalog.concat_ws({it}, {items}) END, {it})"
+        texts = [
+            sql.SQL(joined).format(it=sql.SQL(f"E'{between}'"), items=comma.join(found)) if found else sql.SQL("''")
+            for between, found in zip(_BETWEEN, items, strict=True)
+        ]
+        wide = sql.SQL("greatest({}) > {}").format(comma.join(sizes), _WIDE) if sizes else sql.SQL("false")
+        names = comma.join([sql.Identifier(f"c{place}") for place in range(len(self._columns))])
+        return (
+            sql.SQL("SELECT count(*), bool_or(wide), {} FROM (SELECT *, {} AS wide FROM (").format(
+                comma.join(texts), wide
+            ),
+            sql.SQL(") AS a ({})) AS b").format(names),
+        )
+
+    def block(self, rows: int, texts: Sequence[bytes]) -> tuple[bytes, ...] | None:
+        """The texts of `rows` rows, as they are kept until they leave. None where they are not so simple."""
+        # each search is for one character, of which the C library finds the next without a look at those between
+        plain, text, time = texts
+        if self._counts[_TEXT]:
+            nulls = b"\x01" in text
+            try:
+                text = orjson.dumps(text.decode()).replace(_SEPARATOR, b'"\x7f"')
+            except UnicodeDecodeError:
+                return None
+            if nulls:
+                text = text.replace(b'"\\u0001%b"' % _WORD, b"null")
+        if self._counts[_TIME]:
+            if b"B" in time:  # BC
+                return None
+            time = (b'"%b"' % time).replace(b" ", b"T").replace(b"+", b"+00:")  # the zone is +00
+            if b"\x01" in time:
+                time = time.replace(b'"\x01%b"' % _WORD, b"null")
+        found = plain, text, time
+        counted = [it.count(_SEPARATOR) + 1 for it in found]
+        wanted = [count * rows or 1 for count in self._counts]
+        return found if counted == wanted else None
+
+    def rows(self, block: tuple[bytes, ...]) -> Iterator[Values]:
+        """The rows of a block."""
+        fields = [chain.from_iterable(_split(it)) for it in block]
+        return zip(*[fields[group] for group in self._groups], strict=True)
+
+    def last(self, texts: Sequence[bytes]) -> Values | None:
+        """The last of them, of the texts as they came, for less than the block costs. None as `block`."""
+        tails = []
+        for text, count, between in zip(texts, self._counts, _BETWEEN, strict=True):
+            own = between.replace(r"\x7f", "\x7f").encode()
+            tails.append(own.join(text.rsplit(own, count)[-count:]) if count else b"")
+        found = self.block(1, tails)
+        return None if found is None else next(self.rows(found))
+
+
+def _split(text: bytes) -> Iterator[list[str]]:
+    """Its values, some at a time: all of them would be as many objects as a cache cannot hold."""
+    begin = 0
+    while (end := text.find(_SEPARATOR, begin + _PART)) >= 0:
+        yield text[begin:end].decode().split("\x7f")
+        begin = end + 1
+    yield text[begin:].decode().split("\x7f")

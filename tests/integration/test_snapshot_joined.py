@@ -1,0 +1,202 @@
+"""Rows that the server joins are those that COPY sends, value by value; what is not so simple is left to COPY."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+
+from figbridge import legacy
+from figbridge.forward.snapshot import chunk, joined, loop, plan
+from figbridge.forward.snapshot.joint import Values
+from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.reads import Block
+from figbridge.forward.source import SETTINGS
+from figbridge.forward.table import Naming, Table
+from figbridge.forward.values import Encoders
+from fixtures.postgres import Database
+
+NARROW, WIDE = 100.0, 1e9  # bytes of a row: joined, and by COPY
+NAMING = Naming("db", "legacy.{database}", "{table}.{operation}")
+TEXTS = st.none() | st.text(st.characters(exclude_characters="\0", codec="utf-8"))
+SIMPLE = """
+CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN cents AS bigint;
+CREATE TABLE thing (
+    id int PRIMARY KEY, small int2, big int8, total numeric(12,2), share numeric, half float4, whole float8, paid bool,
+    note text, word varchar(20), code char(5), document jsonb, at timestamptz, local timestamp, day date, hour time,
+    feeling mood, price cents, address inet, tag uuid, bits bit(3), span interval, raw bytea
+);
+INSERT INTO thing (id) VALUES (0);
+INSERT INTO thing VALUES (1, -3, 9007199254740993, 1.50, 'NaN', 'NaN', '-Infinity', false, '', '', '', 'null',
+    'infinity', '-infinity', 'infinity', '24:00', 'sad', 7, '10.0.0.1', gen_random_uuid(), '101',
+    '1 day -2 hours', '\\x00ff');
+INSERT INTO thing SELECT n, n % 7, n::int8 * n * n * n, n, n / 7.0, n / 3.0, n / 3.0, n % 2 = 0,
+    E'a "b" \\\\ \\t\\r\\n\\b\\f\\x01\\x1f null ' || chr(n + 200), 'null', 'a ',
+    jsonb_build_object('n', n, 't', E'\\n"'),
+    '2026-01-01 00:00+02'::timestamptz + n * interval '1.5 hours', '2026-01-01 12:30:00.5', '2026-01-01', '12:30:01.25',
+    'ok', n, '10.0.0.0/8', md5(n::text)::uuid, '000', '1 mon', ''
+FROM generate_series(2, 400) AS n;
+"""
+
+
+class Reader:
+    """Reads the chunks of a table as the snapshot loop does, one way or the other."""
+
+    def __init__(self, database: Database, table: str, numbers: Any = "safe") -> None:
+        self.dsn, self.name = loop._with(database.dsn, SETTINGS), ("public", table)
+        database.execute("DROP PUBLICATION IF EXISTS pub")
+        database.execute(f"CREATE PUBLICATION pub FOR TABLE {table}")
+        with self.connected() as connection:
+            found = plan.describe(connection, self.name, "pub")
+        assert found
+        encoders = Encoders(numbers, lambda oid: legacy.type_description(database.dsn, oid))
+        table_ = Table(found.relation, NAMING, encoders, frozenset(found.identity), dict(found.type_names))
+        self.plan, self.layout = found, Layout(table_, keyed=True)
+
+    def connected(self) -> psycopg.Connection:
+        return legacy.connect(self.dsn, purpose="snapshot", autocommit=True)
+
+    def chunks(self, width: float, most: int = 100_000, condition: str | None = None) -> Iterator[chunk.Chunk]:
+        cursor, end = None, False
+        with self.connected() as connection, chunk.locked(connection, self.name, lambda _: False):
+            while not end:
+                found = chunk.read(connection, self.plan, self.layout, cursor, condition, most=most, width=width)
+                cursor, end = found.cursor, found.end
+                width = WIDE if found.odd else width  # as `chunk.Size` has it
+                yield found
+
+    def rows(self, chunks: Sequence[chunk.Chunk]) -> list[Values]:
+        return [row for it in chunks for block in it.blocks for row in self.layout.rows(block.text)]
+
+    def lines(self, chunks: Sequence[chunk.Chunk]) -> list[str]:
+        return self.layout.names(self.rows(chunks))
+
+
+def ways(chunks: Sequence[chunk.Chunk]) -> list[str]:
+    return ["joined" if isinstance(block.text, tuple) else "copied" for it in chunks for block in it.blocks]
+
+
+def compared(reader: Reader, most: int = 100_000) -> list[chunk.Chunk]:
+    """The chunks that may be joined, when they have the rows and the cursors of those by COPY."""
+    found, others = list(reader.chunks(NARROW, most)), list(reader.chunks(WIDE, most))
+    assert set(ways(others)) <= {"copied"}
+    assert reader.rows(found) == reader.rows(others)
+    assert [it.rows for it in found] == [it.rows for it in others]
+    assert [it.cursor for it in found] == [it.cursor for it in others]
+    assert reader.lines(found) == reader.lines(others)
+    return found
+
+
+@pytest.mark.parametrize("numbers", ["safe", "exact"])
+def test_the_values_are_those_of_copy(each_database: Database, numbers: str) -> None:
+    each_database.execute(SIMPLE)
+    if numbers == "exact":
+        each_database.execute("ALTER TABLE thing DROP price")  # a type of one's own, whose JSON is nobody's to know
+    found = compared(Reader(each_database, "thing", numbers), most=150)
+    assert ways(found) == ["joined"] * 3
+    assert [it.end for it in found] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("text", "chr(n + 200)"), ("uuid", "md5(n::text)::uuid"), ("timestamptz", "now() + n * interval '1 s'")],
+)
+def test_keys(database: Database, key: str, value: str) -> None:
+    database.execute(
+        f'CREATE TABLE thing (v int, b bool, k {key} COLLATE "C", PRIMARY KEY (k, b))'.replace(
+            ' COLLATE "C"', ' COLLATE "C"' if key == "text" else ""
+        )
+    )
+    database.execute(f"INSERT INTO thing SELECT n, n % 2 = 0, {value} FROM generate_series(1, 50) AS n")
+    assert ways(compared(Reader(database, "thing"), most=15)) == ["joined"] * 4
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        ("text", r"E'the separator \x7f'"),
+        ("text", "(SELECT string_agg(md5(n::text), '') FROM generate_series(1, 100) AS n)"),
+        ("jsonb", "(SELECT jsonb_agg(md5(n::text)) FROM generate_series(1, 200) AS n)"),
+        ("timestamp", "'0044-03-15 BC'"),
+        ("timestamptz", "'0044-03-15 BC'"),
+    ],
+)
+def test_what_is_odd_is_left_to_copy_with_what_follows(
+    database: Database, monkeypatch: pytest.MonkeyPatch, type_: str, value: str
+) -> None:
+    monkeypatch.setattr(joined, "_BLOCK_BYTES", 64 * 1024)
+    database.execute(f"CREATE TABLE thing (id int PRIMARY KEY, v {type_})")
+    database.execute("INSERT INTO thing SELECT n FROM generate_series(1, 6000) AS n")
+    database.execute(f"UPDATE thing SET v = {value} WHERE id = 3000")
+    reader = Reader(database, "thing")
+    first, second = list(reader.chunks(NARROW, most=10_000))
+    assert set(ways([first])) == {"joined"}
+    assert (first.odd, first.end) == (True, False)
+    assert first.rows < 3000
+    assert (set(ways([second])), second.odd, second.end) == ({"copied"}, False, True)
+    assert reader.rows([first, second]) == reader.rows(list(reader.chunks(WIDE)))
+
+
+def test_once_it_was_odd_copy_is_asked_for_a_while() -> None:
+    size = chunk.Size()
+    assert size.width < WIDE
+    size.learn(chunk.Chunk([], None, end=False, seconds=0.1, size=100, odd=True))
+    tries = 0
+    while size.width > WIDE:
+        size.learn(chunk.Chunk([Block(b"1\n" * 10, 10)], None, end=False, seconds=0.1, size=100))
+        tries += 1
+    assert (tries, size.width) == (16, 10)
+
+
+def test_other_tables_are_left_to_copy(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY, a int[]); INSERT INTO thing VALUES (1, '{1,2}')")
+    assert ways(compared(Reader(database, "thing"))) == ["copied"]
+    database.execute("CREATE TABLE keyless (id int); INSERT INTO keyless VALUES (1)")
+    assert ways([next(Reader(database, "keyless").chunks(NARROW))]) == ["copied"]
+
+
+def test_a_condition_is_left_to_copy(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY); INSERT INTO thing SELECT generate_series(1, 9)")
+    reader = Reader(database, "thing")
+    found = list(reader.chunks(NARROW, condition="id > 7"))
+    assert (ways(found), reader.rows(found)) == (["copied"], [("8",), ("9",)])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(*[st.none() | st.text(st.characters(exclude_characters="\0", codec="utf-8"))] * 2), max_size=9)
+)
+def test_any_text(database: Database, rows: list[tuple[str | None, str | None]]) -> None:
+    database.execute("CREATE TABLE IF NOT EXISTS thing (id int PRIMARY KEY, a text, b varchar, at timestamp)")
+    database.execute("TRUNCATE thing")
+    with database.connect() as connection, connection.cursor() as cursor:
+        cursor.executemany("INSERT INTO thing VALUES (%s, %s, %s)", [(n, *row) for n, row in enumerate(rows)])
+    found = compared(Reader(database, "thing"))
+    odd = any("\x7f" in text for row in rows for text in row if text)
+    assert set(ways(found)) == (({"copied"} if odd else {"joined"}) if rows else set())
+
+
+def test_a_server_that_does_not_answer(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY); INSERT INTO thing VALUES (1)")
+    reader = Reader(database, "thing")
+    with reader.connected() as connection:
+        connection.patience = 0.1  # type: ignore[attr-defined]
+        connection.execute("BEGIN")
+        with database.connect() as other, other.transaction():
+            other.execute("LOCK TABLE thing IN ACCESS EXCLUSIVE MODE")
+            with pytest.raises(psycopg.OperationalError, match=r"no answer for 0\.1 s"):
+                chunk.read(connection, reader.plan, reader.layout, None, None, most=10, width=NARROW)
+        assert connection.closed
+
+
+def test_an_error_leaves_the_connection_as_it_was(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY); INSERT INTO thing VALUES (1)")
+    reader = Reader(database, "thing")
+    database.execute("DROP TABLE thing")
+    with reader.connected() as connection:
+        with pytest.raises(psycopg.errors.UndefinedTable):
+            chunk.read(connection, reader.plan, reader.layout, None, None, most=10, width=NARROW)
+        assert connection.execute(sql.SQL("SELECT 1")).fetchone() == (1,)
