@@ -16,7 +16,7 @@ from figbridge.config import Config
 from fixtures.accounts import DEPLOY, Template, template
 
 TERRAFORM = DEPLOY / "terraform"
-PARTS = ("service-account", "central-account", "widgets", "lake")
+PARTS = ("bridge", "service-account", "central-account", "widgets", "lake")
 MODULES = sorted(path.name for path in TERRAFORM.iterdir())
 # a directory that holds registry.terraform.io/hashicorp/aws, as `terraform providers mirror` makes one
 PLUGINS = os.environ.get("FIGBRIDGE_TERRAFORM_PLUGINS")
@@ -120,7 +120,7 @@ def _quoted(match: re.Match[str]) -> str:
 # --- what they allow
 
 
-@pytest.mark.parametrize("part", ["bridge", *PARTS])
+@pytest.mark.parametrize("part", PARTS)
 def test_nothing_is_allowed_on_everything_or_to_everybody(part: str) -> None:
     for it in statements(template(part)["Resources"]):
         if it["Effect"] == "Allow":
@@ -129,7 +129,7 @@ def test_nothing_is_allowed_on_everything_or_to_everybody(part: str) -> None:
             assert not any("*" in action for action in actions(it))
 
 
-@pytest.mark.parametrize("part", ["bridge", *PARTS])
+@pytest.mark.parametrize("part", PARTS)
 def test_every_target_of_a_rule_is_retried_for_a_day_and_then_kept(part: str) -> None:
     content = template(part)
     policies = resources(content, "AWS::SQS::QueuePolicy").values()
