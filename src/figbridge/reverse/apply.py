@@ -6,8 +6,17 @@
         └─▶ solve(first half), solve(second half), … down to one event, whose error decides (`outcome`)
 
 So a bad event costs a few transactions and holds nobody up but later events of its own entity, and what a single event
-does in the end is what it would have done alone. Cut by transactions and not by savepoints, because a savepoint would
-hold the locks of the good events while the bad ones are searched for.
+does in the end is what it would have done alone.
+
+WHY NOT SAVEPOINTS. They would hold the locks of the good events while the bad ones are searched for, and gain nothing.
+Measured with one bad event of 500 (upserts with a version), PostgreSQL 18, fsync on, a network of 1 ms, best of nine:
+
+    halves, a transaction each        98 round trips   170 ms    no lock is held for longer than some 16 ms
+    halves, a savepoint each         115               180       every lock for all of it
+    a savepoint for each event     2,519             4,600       every lock for all of it
+
+What would help is to send each half at once, as `express` does: 58 round trips (36 with savepoints). A batch with a bad
+event is rare, so that is left alone.
 
 INVARIANT. COMMIT is sent only after every answer of the transaction has been read and is good (`transaction`).
 
