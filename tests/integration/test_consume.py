@@ -39,6 +39,20 @@ MAPPINGS = [
         "set": {"note": "detail.note"},
         "idempotency_key": "detail.change",
     },
+    {
+        "match": {"source": "new", "detail-type": "changed"},
+        "into": "public.thing",
+        "action": "upsert",
+        "key": {"id": "detail.id"},
+        "set": {"note": "detail.note"},
+        "version": "detail.version",
+    },
+    {
+        "match": {"source": "new", "detail-type": "gone"},
+        "into": "public.thing",
+        "action": "delete",
+        "key": {"id": "detail.id"},
+    },
 ]
 
 
@@ -119,6 +133,21 @@ def test_events_that_wait_for_another_one_are_applied_after_it(legacy: Database,
         assert running.outcome("ignored") == 1
         until(lambda: legacy.execute("SELECT count(*) FROM figbridge.parked") == [(0,)])
         assert running.outcome("dead_letter") == 0
+    bus.close()
+
+
+def test_what_is_ignored_is_counted_by_its_reason(legacy: Database, tmp_path: Path) -> None:
+    path = tmp_path / "bus.sqlite"
+    bus = LocalSink(path)
+    late = [event(number, "changed", id=1, note="late", version=number) for number in (1, 2)]
+    bus.publish([event(3, "changed", id=1, note="newest", version=3), *late, event(4, "gone", id=404)])
+    with Running(legacy, LocalSource(path, subscriber="s")) as running:
+        until(lambda: running.outcome("ignored") == 3, 20, running.all)
+        value = running.metrics.registry.get_sample_value
+        assert value("figbridge_reverse_ignored_total", {"reason": "stale_version"}) == 2
+        assert value("figbridge_reverse_ignored_total", {"reason": "delete_missing"}) == 1
+    assert rows(legacy) == [(1, None, "newest")]
+    assert legacy.execute("SELECT count(*) FROM figbridge.inbox") == [(4,)]
     bus.close()
 
 

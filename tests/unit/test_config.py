@@ -259,6 +259,15 @@ def test_the_pythonic_spelling_is_no_second_spelling_of_the_file() -> None:
     assert problems(tree(forward={"sink": {"type": "stdout"}, "buffer_bytes": 4096})).keys() == {"forward.buffer_bytes"}
 
 
+def test_a_key_is_known_for_longer_than_a_queue_keeps_its_message() -> None:
+    queue = {"type": "sqs", "queue_url": "https://sqs.eu-west-1.amazonaws.com/123456789012/orders"}
+    assert parse(reverse(mapping(), source=queue)).reverse.inbox_retention == 30  # type: ignore[union-attr]
+    parse(reverse(mapping(), source=queue, **{"inbox-retention": 15}))
+    found = problems(reverse(mapping(), source=queue, **{"inbox-retention": 14}))
+    assert "14 days that SQS may keep a message" in found["reverse"].what
+    parse(reverse(mapping(), **{"inbox-retention": 1}))
+
+
 # --- the kind of sink and source
 
 SINKS = "eventbridge, eventbridge_v2, kinesis, firehose, sqs, sns, file, stdout, local"

@@ -157,14 +157,16 @@ class _Call:
     def statements(self, document: Document) -> Iterable[Free]:
         """As many as it returns. Whatever it raises makes the event poison."""
         try:
-            return tuple(
-                Free(query, {name: _text(value, self._name) for name, value in values.items()})
-                for query, values in self._function(document)
-            )
+            return tuple(self._statement(*it) for it in self._function(document))
         except Malformed:
             raise
         except Exception as error:
             raise Malformed(f"call {self._name}", f"raised {type(error).__name__}", expected="statements") from error
+
+    def _statement(self, query: object, values: Document) -> Free:
+        if not isinstance(query, str):  # the driver would take other things, or fall over them
+            raise Malformed(f"call {self._name}", f"returned {type(query).__name__} for SQL", expected="a string")
+        return Free(query, {name: _text(value, self._name) for name, value in values.items()})
 
 
 class Mapping:
