@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -179,6 +180,30 @@ def test_what_is_delivered_again_is_not_tried_in_hope(shop: Database, attempts: 
     Consumer(source, Mappings([section]), ours, letters, Metrics(), park_timeout=60).run(stop)
     assert orders(shop) == [(1, "new")]
     assert ["BEGIN" in statements for statements in seen] == [attempts == 1]
+
+
+def test_a_batch_at_hand_waits_until_what_is_left_of_the_one_before_is_parked(shop: Database) -> None:
+    """The row is free again when the second batch could begin: it must not overtake the first."""
+    shop.execute("INSERT INTO shop.orders (id) VALUES (1)")
+    stop = threading.Event()
+    bodies = [body("e-1", id=1, status="first"), body("e-2", id=1, status="second")]
+    section = MappingSection.model_validate({
+        "match": KIND, "into": "shop.orders", "action": "upsert", "key": {"id": "detail.id"}, "set": COLUMNS,
+    })  # fmt: skip
+    with shop.connect() as application:
+
+        class Freed(Applier):
+            def apply_all(self, *arguments: Any, **options: Any) -> dict[Work, Applied]:
+                outcomes = super().apply_all(*arguments, **options)
+                application.execute("ROLLBACK")
+                return outcomes
+
+        application.execute("BEGIN; UPDATE shop.orders SET status = 'theirs' WHERE id = 1")
+        ours = Freed(shop.dsn, statement_timeout=10, lock_timeout=0.2)
+        source = ScriptedSource(bodies, stop, lambda: count(shop, "figbridge.parked") == 0, at_once=1)
+        letters = TableDeadLetterStore(shop.dsn)
+        Consumer(source, Mappings([section]), ours, letters, Metrics(), park_timeout=60).run(stop)
+    assert orders(shop) == [(1, "second")]
 
 
 def test_a_parcel_is_sent_for_those_works_alone(shop: Database, applier: Applier) -> None:

@@ -7,7 +7,7 @@
       │                        dead letters ◀─ poison ┤   4. COMMIT
       └──────────────── acknowledge ◀─────────────────┘
 
-consume.py      the loop: while a batch is applied, the next one is received and parsed
+consume.py      the loop: while a batch is applied, the next one is received and parsed; item.py: one delivery in it
 message.py      bytes → event, exact to the last digit
 values.py       what a path yields: absent is not null
 mapping.py      event → its key, its entity, its version, its statements

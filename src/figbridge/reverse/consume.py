@@ -1,7 +1,7 @@
 """The loop of the reverse path: receive, apply, settle; while a batch is applied, the next one is received and parsed.
 
-    receive ▶ prepare ▶ parts ───────────────────┐ batch n+1, this thread
-    apply   batch n, a thread of its own ────────┴▶ park what waits ▶ submit n+1 ▶ dead letters ▶ acknowledge n
+    batch n     apply, in a thread of its own ─────▶ park what waits ▶ dead letters ▶ acknowledge
+    batch n+1   receive ▶ prepare, in this thread ─▶ apply, as soon as nothing of n waits any more ▶ …
 
     APPLIED, DUPLICATE, IGNORED ──▶ acknowledged
     RETRY                       ──▶ parked, then acknowledged; comes again from the park (`park`)
@@ -25,25 +25,24 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, Literal, TypeAlias
 
 import structlog
 
-from figbridge.deadletter import DeadLetter, DeadLetters, position_of
+from figbridge.deadletter import DeadLetters
 from figbridge.errors import BridgeError, QueueUnavailable
 from figbridge.event import Named
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
-from figbridge.reverse.express import Parcel
-from figbridge.reverse.mapping import Mapping, Mappings, Work
+from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, letter, tell
+from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
-from figbridge.reverse.outcome import DONE, MAPPING_BROKEN, PING_PONG, Applied, Outcome
+from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome
 from figbridge.reverse.park import Park, Parked
 from figbridge.transports import Delivery, Source
 
@@ -52,22 +51,6 @@ _log = structlog.get_logger()
 _WAIT: Final = 2.0  # seconds of one empty receive, and so the longest that a soft stop waits for the queue
 _LOOK: Final = 0.25  # seconds between two looks into a park that is not empty
 _LOOK_INTO_EMPTY: Final = 2.0  # and into one that was: another replica may have parked something
-UNMAPPED: Final = Applied(Outcome.IGNORED, "unmapped")
-_NOBODYS: Final = Applied(Outcome.DEAD_LETTER, "unmapped", "no mapping is for its source and detail-type")
-
-
-@dataclass(slots=True)
-class Item:
-    """One delivery on its way: what it is, and what became of it."""
-
-    delivery: Delivery | Parked
-    event: Named | None = None
-    work: Work | None = None
-    applied: Applied | None = None
-
-
-# What one transaction is for, and what it will send, where that could be made beforehand.
-_Part: TypeAlias = tuple[list[tuple[Item, Work]], Parcel | None]
 
 
 class Consumer:
@@ -105,7 +88,7 @@ class Consumer:
         self._batch_size = batch_size
         self._max_hops = max_hops
         self._bare = bare
-        self._unmapped = UNMAPPED if unmapped == "ignore" else _NOBODYS
+        self._unmapped = UNMAPPED if unmapped == "ignore" else NOBODYS
         self._drift = drift
         self._prepare_start = prepare
         self._park = Park(applier.connection, timeout=park_timeout)
@@ -143,7 +126,7 @@ class Consumer:
         self._look_around(stop)
 
     def _loop(self, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
-        hand: tuple[list[Item], Future[None]] | None = None
+        hand: _Hand | None = None
         received: list[Item] = []
         if self._drift:  # before the first event: an insert's entity is its primary key
             persist(self._drift.look, what="look at the catalogue", stop=stop)
@@ -153,15 +136,20 @@ class Consumer:
                 deliveries = persist(lambda wait=wait: self._source.receive(wait=wait), what="receive", stop=stop)  # type: ignore[misc]
                 received = [self._prepared(delivery) for delivery in deliveries]
                 parts = self._parts(received)
-                done = None
+                ahead = done = None
+                if hand and received and not self._due():
+                    ahead = pool.submit(self._apply_behind, hand[1], parts, stop)
                 if hand:
-                    hand[1].result()
+                    if hand[1].result():
+                        ahead = None  # it did nothing
                     done = hand[0]
                     self._keep_waiting(done, stop)
                     hand = None
-                self._look_around(stop)
-                if received:
-                    hand, received = (received, pool.submit(self._apply, parts, stop)), []
+                if ahead is None:  # so the connection is idle
+                    self._look_around(stop)
+                    ahead = pool.submit(self._apply, parts, stop) if received else None
+                if ahead:
+                    hand, received = (received, ahead), []
                 if done:
                     self._settle(done, stop)
         finally:
@@ -188,7 +176,7 @@ class Consumer:
                 else:
                     item.applied = self._held()
                 return item
-            item.applied = self._unmapped if mapping is None else _broken(mapping)
+            item.applied = self._unmapped if mapping is None else broken(mapping)
         except Malformed as error:
             item.applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
         if event is not None:
@@ -200,41 +188,66 @@ class Consumer:
         message = f"it has passed more than {self._max_hops} bridges (hops): two systems answer each other"
         return Applied(Outcome.DEAD_LETTER, PING_PONG, message)
 
-    def _parts(self, items: Sequence[Item]) -> list[_Part]:
+    def _parts(self, items: Sequence[Item]) -> list[Part]:
         """What can be applied, a transaction each. Made where the events were read: they are at hand there."""
-        todo = [(item, item.work) for item in items if item.work is not None]
-        parts = [todo[begin : begin + self._batch_size] for begin in range(0, len(todo), self._batch_size)]
-        alone = not self._parked
-        return [
-            (part, self._applier.parcel([work for _, work in part], alone=alone) if _first(part) else None)
-            for part in parts
-        ]
+        todo = [item for item in items if item.work is not None]
+        parts = []
+        for begin in range(0, len(todo), self._batch_size):
+            chosen = todo[begin : begin + self._batch_size]
+            works = [item.work for item in chosen if item.work is not None]
+            first = all(item.delivery.attempts == 1 for item in chosen)
+            parcel = self._applier.parcel(works, alone=not self._parked) if first else None
+            parts.append(Part(chosen, works, first, parcel))
+        return parts
 
-    def _apply(self, parts: Sequence[_Part], stop: threading.Event) -> None:
-        """Apply them; the outcomes go into the items. Of the thread that owns the connection."""
+    def _due(self) -> bool:
+        """Whether something is to be done before the next batch, when the connection is idle."""
+        return bool(self._parked) or time.monotonic() >= self._look_at or (self._drift is not None and self._drift.due)
+
+    def _holds_up(self, outcomes: Iterable[Applied]) -> bool:
+        """Whether something is to be done about these before the next batch."""
+        return any(it.outcome is Outcome.RETRY for it in outcomes if it is not DONE)
+
+    def _apply_behind(self, before: "Future[bool]", parts: Sequence[Part], stop: threading.Event) -> bool:
+        """As `_apply`; nothing if `before`, which has ended, failed or holds them up.
+
+        They wait in the pool, so that the server has work at once when it is through with the batch before.
+        """
+        return before.exception() is None and not before.result() and self._apply(parts, stop)
+
+    def _apply(self, parts: Sequence[Part], stop: threading.Event) -> bool:
+        """Apply them; the outcomes go into the items. Whether these hold up the next batch.
+
+        Of the thread that owns the connection.
+        """
 
         def count(_error: BridgeError) -> None:
             self._metrics.outcomes.labels(Outcome.RETRY.value).inc()
 
-        for part, parcel in parts:
+        held_up = False
+        for part in parts:
 
-            def once(part: Sequence[tuple[Item, Work]] = part, parcel: Parcel | None = parcel) -> dict[Work, Applied]:
+            def once(part: Part = part) -> dict[Work, Applied]:
                 while True:
-                    ours = [(item, work) for item, work in part if not item.delivery.lost]
-                    if not ours:
+                    works, deliveries = part.works, [item.delivery for item in part.items]
+                    if _lost(deliveries):
+                        works = [work for work, it in zip(works, deliveries, strict=True) if not it.lost]
+                        deliveries = [it for it in deliveries if not it.lost]
+                    if not works:
                         return {}
-                    works = [work for _, work in ours]
                     try:
                         with self._metrics.apply_seconds.time():
                             return self._applier.apply_all(
-                                works, partial(_require, ours), hopeful=_first(ours), parcel=parcel
+                                works, partial(_require, deliveries), hopeful=part.first, parcel=part.parcel
                             )
                     except _Lost:
                         pass  # rolled back; without those that are not ours any more
 
             outcomes = persist(once, what="apply", stop=stop, on_retry=count)
-            for item, work in part:
+            for item, work in zip(part.items, part.works, strict=True):
                 item.applied = outcomes.get(work)
+            held_up |= self._holds_up(outcomes.values())
+        return held_up
 
     def _keep_waiting(self, items: Sequence[Item], stop: threading.Event) -> None:
         """Park what waits, before anything later is applied."""
@@ -287,7 +300,7 @@ class Consumer:
         """Make dead letters durable, then acknowledge, then count."""
         others = [item for item in items if item.applied is not DONE]
         letters = [
-            _letter(item, self._bare) for item in others if item.applied and item.applied.outcome is Outcome.DEAD_LETTER
+            letter(item, self._bare) for item in others if item.applied and item.applied.outcome is Outcome.DEAD_LETTER
         ]
         if letters:
             # before the acknowledgement: a crash between the two repeats both, and the letter stays one
@@ -296,7 +309,7 @@ class Consumer:
                 self._drift.hurry()
         for item in others:
             if item.applied and item.applied.outcome is not Outcome.APPLIED:
-                _tell(item, self._bare)
+                tell(item, self._bare)
         waits = {Outcome.RETRY}
         parked = [
             it.delivery
@@ -328,58 +341,20 @@ class Consumer:
             stack.callback(self._source.close)
 
 
+_Hand: TypeAlias = tuple[list[Item], Future[bool]]  # a batch, and the end of its transactions: `Consumer._apply`
+
+
 class _Lost(Exception):
     """A message in hand is somebody else's: nothing may be committed for it."""
 
 
-def _require(ours: Sequence[tuple[Item, Work]]) -> None:
-    if any(item.delivery.lost for item, _ in ours):
+def _lost(deliveries: Sequence[Delivery | Parked]) -> bool:
+    return any(it.lost for it in deliveries)
+
+
+def _require(deliveries: Sequence[Delivery | Parked]) -> None:
+    if _lost(deliveries):
         raise _Lost
-
-
-def _broken(mapping: Mapping) -> Applied:
-    return Applied(Outcome.DEAD_LETTER, MAPPING_BROKEN, mapping.broken or "")
-
-
-def _first(part: Sequence[tuple[Item, Work]]) -> bool:
-    """Whether none of them has come before, as far as anybody knows."""
-    return all(item.delivery.attempts == 1 for item, _ in part)
-
-
-def _letter(item: Item, bare: Enveloping | None) -> DeadLetter:
-    applied = item.applied or UNMAPPED
-    tables = item.work.mapping.tables if item.work else ()
-    return DeadLetter(
-        direction="reverse",
-        event_id=item.event.id if item.event else None,
-        reason=applied.reason,
-        message=applied.message,
-        attempts=item.delivery.attempts,
-        body=item.delivery.body,
-        statement=applied.statement,
-        table=".".join(tables[0]) if tables else None,
-        position=position_of(parse(item.delivery.body, bare).document["detail"]) if item.event else None,
-    )
-
-
-def _tell(item: Item, bare: Enveloping | None) -> None:
-    event_id, applied = item.event.id if item.event else None, item.applied or UNMAPPED
-    if applied.outcome is Outcome.DEAD_LETTER:
-        _log.error(
-            "event went to the dead letters",
-            event_id=event_id,
-            reason=applied.reason,
-            dead_letter_id=_letter(item, bare).id,
-        )
-    elif applied.outcome is not Outcome.RETRY:
-        _log.info(
-            "event not applied",
-            event_id=event_id,
-            detail_type=item.event.detail_type if item.event else None,
-            outcome=applied.outcome.value,
-            reason=applied.reason or None,
-            conflicts=[f"{kind}: {decision}" for kind, decision in applied.conflicts] or None,
-        )
 
 
 def _release(deliveries: Sequence[Delivery | Parked]) -> None:

@@ -55,7 +55,7 @@ class Drift:
 
         At most every ten seconds, and after `hurry`.
         """
-        if time.monotonic() < self._look_at:
+        if not self.due:
             return
         try:
             connection = self._connection()
@@ -68,6 +68,11 @@ class Drift:
         except psycopg.Error as error:
             raise unavailable(error) from error
         self._look_at = time.monotonic() + _PAUSE
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for a look."""
+        return time.monotonic() >= self._look_at
 
     def hurry(self) -> None:
         """Look the next time, because a statement met something that is not there."""

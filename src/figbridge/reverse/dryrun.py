@@ -31,7 +31,8 @@ from figbridge.errors import LegacyUnavailable
 from figbridge.retry import persist
 from figbridge.reverse import conflict, difference
 from figbridge.reverse.conflict import Conflicts, Refusal
-from figbridge.reverse.consume import UNMAPPED, Consumer, Item
+from figbridge.reverse.consume import Consumer
+from figbridge.reverse.item import UNMAPPED, Item
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import Applied, Outcome, unavailable
 from figbridge.reverse.park import Parked
@@ -132,6 +133,10 @@ class DryRun(Consumer):
                 _log.warning("event would go to the dead letters", event_id=event_id, reason=applied.reason)
                 if self._drift and applied.reason.startswith("42"):
                     self._drift.hurry()
+
+    def _holds_up(self, _outcomes: Iterable[Applied]) -> bool:
+        """They are recorded over the connection that the next batch needs."""
+        return True
 
     def _look_around(self, stop: threading.Event) -> None:
         if self._drift:
