@@ -190,8 +190,8 @@ http: {listen: "${HTTP_LISTEN}"}
 ROWS = 8000  # of each table
 # at import, in the bridge's process: chunks of 600 rows or so, which leave in several slices
 CHUNKS = """
-from figbridge.forward.snapshot import chunk, reads
-chunk.MOST_BYTES, chunk._BLOCK_ROWS, reads._FEWEST = 40_000, 100, 100
+from figbridge.forward.snapshot import chunk, joined, reads
+chunk.MOST_BYTES, chunk._BLOCK_ROWS, joined._BLOCK_BYTES, reads._FEWEST = 40_000, 100, 8_000, 100
 """
 
 
@@ -241,5 +241,7 @@ def test_a_kill_repeats_one_chunk_a_table_at_most(
     assert {(table, id_) for table, id_, _ in reads} == {
         (table, id_) for table in ("keyed", "keyless") for id_ in range(1, ROWS + 1)
     }
+    ids = {it["id"] for life in told for it in life}
+    assert len(ids) == 2 * ROWS, "what is repeated has the id that it had"
     assert "running" in states, "no kill came while a table was read"
     assert len({lsn for _, _, lsn in reads}) > 10, "the chunks were too large to prove anything"

@@ -62,16 +62,19 @@ STATEMENTS = {
         "UPDATE word SET v = %(v)s WHERE v %% 7 = %(n)s %% 7",
         "UPDATE word SET a = 'm' || %(n)s, v = %(v)s WHERE v %% 20 = %(n)s %% 20",
         "DELETE FROM word WHERE v %% 30 = %(n)s %% 30",
+        "TRUNCATE word",
     ],
     "keyless": [
         "INSERT INTO keyless VALUES (%(n)s, %(v)s)",
         "UPDATE keyless SET v = %(v)s WHERE ctid = (SELECT min(ctid) FROM keyless WHERE id > %(n)s %% 90)",
         "DELETE FROM keyless WHERE id %% 30 = %(n)s %% 30",
+        "TRUNCATE keyless",
     ],
     "part": [
         "UPDATE part SET v = %(v)s WHERE id %% 10 = %(n)s %% 10",
         "UPDATE part SET region = 1 - region, v = %(v)s WHERE id %% 20 = %(n)s %% 20",
         "DELETE FROM part WHERE id %% 30 = %(n)s %% 30",
+        "TRUNCATE part",
     ],
     "wide": [
         "UPDATE wide SET v = %(v)s WHERE id %% 10 = %(n)s %% 10",
@@ -79,7 +82,7 @@ STATEMENTS = {
         "UPDATE wide SET id = -id, v = %(v)s, big = repeat(%(v)s::text, 2500) WHERE id %% 20 = %(n)s %% 20",
         "TRUNCATE wide",
     ],
-    "single": ["UPDATE single SET v = %(v)s", "DELETE FROM single"],
+    "single": ["UPDATE single SET v = %(v)s", "DELETE FROM single", "TRUNCATE single"],
     "empty": ["INSERT INTO empty VALUES (%(n)s %% 5, %(v)s) ON CONFLICT (id) DO UPDATE SET v = %(v)s"],
 }
 _NUMBERS = itertools.count(1000)

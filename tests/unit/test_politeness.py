@@ -1,4 +1,4 @@
-"""The rate of a snapshot, in a time of the test's own: whatever chunks come, and however long they take."""
+"""The rate of a snapshot, in a time of the test's own, whatever chunks come and however long they take; their size."""
 
 import threading
 import time
@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from figbridge.forward.snapshot.chunk import MOST_BYTES, Chunk, Size
 from figbridge.forward.snapshot.politeness import Pace
+from figbridge.forward.snapshot.reads import Block
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped
 
@@ -69,3 +71,23 @@ def test_a_bridge_that_stops_does_not_wait_for_its_rate() -> None:
     clock.set()
     with pytest.raises(Stopped):
         pace.wait(NO_CONNECTION, clock)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "size", "expected"),
+    [
+        (1e-7, 1000, MOST_BYTES // 1000),
+        (1e-4, 100, 5000),  # half a second
+        (1e-2, 100, 50),
+        (1.0, 100, 10),  # no fewer
+        (1e-9, 1, 100_000),  # no more
+    ],
+)
+def test_a_chunk_has_as_many_rows_as_take_its_time_or_its_bytes(seconds: float, size: int, expected: int) -> None:
+    """Of a table whose rows take so many seconds and bytes each."""
+    asked, rows = Size(), list[int]()
+    for _ in range(6):
+        asked.learn(Chunk([Block(b"", asked.rows)], None, False, asked.rows * seconds, asked.rows * size))
+        rows.append(asked.rows)
+    assert rows[-1] == pytest.approx(expected, rel=0.1)
+    assert rows[0] <= 8000, "it grows by and by"
