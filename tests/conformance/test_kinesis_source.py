@@ -437,3 +437,25 @@ def test_the_table_is_asked_for_by_the_preflight(database: Database, fake: FakeK
     database.execute("DROP TABLE figbridge.stream_shard")
     (missing,) = [it for it in preflight.inspect(config, "run") if it.level == "error"]
     assert "stream_shard" in missing.what
+
+
+def test_the_preflight_compares_for_how_long_a_key_and_a_record_are_kept(database: Database, fake: FakeKinesis) -> None:
+    tree: dict[str, Any] = {
+        "legacy": {"dsn": database.dsn, "tables": ["shop.orders"]},
+        "reverse": {
+            "source": section(fake.url).model_dump(by_alias=True, exclude_none=True),
+            "mappings": [{"match": {"source": "a", "detail-type": "b"}, "into": "shop.orders", "action": "delete",
+                          "key": {"id": "detail.id"}}],
+        },
+    }  # fmt: skip
+
+    def warned() -> list[str]:
+        found = preflight.inspect(Config.parse(json.dumps(tree), {}), "run")
+        return [it.what for it in found if it.level == "warning" and it.where == "reverse.inbox-retention"]
+
+    assert warned() == []
+    fake.hours = 30 * 24
+    (said,) = warned()
+    assert "known for 30 days, and the stream keeps a record for 30" in said
+    tree["reverse"]["inbox-retention"] = 31
+    assert warned() == []

@@ -20,6 +20,7 @@ What it does not do: repair (that is `figbridge.provision`, and a human), or wai
 no finding but LegacyUnavailable, because the caller knows whether trying again makes sense.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,8 @@ def _ends(config: Config, only: Direction | None) -> Iterator[Finding]:
         if letters := config.forward.dead_letters:
             yield from _store("forward.dead-letters", letters, "")
     if config.reverse and only in {None, "reverse"}:
-        source = config.reverse.source
-        yield _end("reverse.source", source.type, lambda: transports.open_source(source))
+        source, days = config.reverse.source, config.reverse.inbox_retention
+        yield from _ended("reverse.source", source.type, lambda: transports.open_source(source), days)
     if config.relay and only in {None, "relay"}:
         yield from _relay_ends(config.relay, config.dsn_for(config.relay.dead_letters))
 
@@ -148,6 +149,25 @@ def _contracts(where: str, directory: Path) -> Finding:
         told = "; ".join(f"{it.where}: {it.what}" if it.where != where else it.what for it in failure.problems)
         return error(where, told, failure.problems[0].remedy)
     return ok(where, f"{len(contracts)} of them, all of them JSON Schemas")
+
+
+def _ended(where: str, kind: str, opened: Callable[[], Any], days: float) -> Iterator[Finding]:
+    """As `_end`, of a source whose idempotency keys are known for so many days."""
+    ends: list[Any] = []
+
+    def kept() -> Any:
+        ends.append(opened())
+        return ends[0]
+
+    yield _end(where, kind, kept)
+    # of SQS the file itself says enough: 14 days at most
+    if kind == "kinesis" and ends and days * 86400 <= ends[0].kept < math.inf:
+        yield warning(
+            "reverse.inbox-retention",
+            f"a key is known for {days:g} days, and the stream keeps a record for {ends[0].kept / 86400:g}: one that "
+            "is read again (by another subscriber, or from a checkpoint that was set back) could be applied twice",
+            "give more days, or let the mappings have a version, which outlives the key",
+        )
 
 
 def _end(where: str, kind: str, opened: Callable[[], Any]) -> Finding:

@@ -61,7 +61,10 @@ class _Shard:
 
 
 class KinesisSource:
-    """One stream. See `figbridge.transports.Source`; also raises LegacyUnavailable, for its place is kept there."""
+    """One stream. See `figbridge.transports.Source`; also raises LegacyUnavailable, for its place is kept there.
+
+    `kept` are the seconds for which the stream keeps records, inf until it was asked.
+    """
 
     name = "kinesis"
 
@@ -71,7 +74,7 @@ class KinesisSource:
         self._client = aws.client("kinesis", section)
         self._dsn = dsn
         self._leases: Leases | None = None
-        self._kept = math.inf  # seconds for which the stream keeps records
+        self.kept = math.inf
         self._shards: dict[str, _Shard] = {}
         self._again: list[tuple[float, KinesisDelivery]] = []
         self._look_at = 0.0
@@ -155,7 +158,7 @@ class KinesisSource:
                 self._shards.pop(shard_id, None)
         for lease in leases.take(len(self._shards)):
             self._shards[lease.shard] = _Shard(lease)
-            if lease.age is not None and lease.age > self._kept:
+            if lease.age is not None and lease.age > self.kept:
                 _log.error(
                     "a checkpoint is older than what the stream keeps: records may be lost",
                     shard=lease.shard,
@@ -165,7 +168,6 @@ class KinesisSource:
 
     def _open(self) -> Leases:
         found = self._describe()
-        self._kept = found.get("RetentionPeriodHours", 24) * 3600.0
         holder = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         made = found["StreamCreationTimestamp"].astimezone(UTC).isoformat(timespec="milliseconds")
         stream, seconds = f"{found['StreamARN']} {made}", self._section.lease_seconds
@@ -250,6 +252,7 @@ class KinesisSource:
         except _Answered as error:
             raise self._refused("DescribeStreamSummary", error) from error
         summary: dict[str, Any] = answer["StreamDescriptionSummary"]
+        self.kept = summary.get("RetentionPeriodHours", 24) * 3600.0
         if summary["StreamStatus"] == "CREATING":
             raise QueueUnavailable(f"the stream {self._section.stream} is being made", hint="the bridge waits for it")
         return summary
