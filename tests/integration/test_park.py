@@ -188,6 +188,15 @@ def test_a_mapping_whose_column_goes_fails_alone_and_comes_back(shop: Database, 
     bridge.until(applied=3)
 
 
+def test_a_mapping_that_is_broken_at_the_start_fails_alone(shop: Database, tmp_path: Path) -> None:
+    shop.execute("ALTER TABLE shop.orders RENAME status TO state")
+    with Bridge(shop, tmp_path / "bus.sqlite") as bridge:
+        bridge.send("1", "order", id=1, status="a")
+        bridge.send("2", "customer", id=1)
+        bridge.until(applied=1, dead_letter=1)
+    assert shop.execute("SELECT event_id, reason FROM figbridge.dead_letter") == [("1", "mapping_broken")]
+
+
 def test_old_conflicts_are_purged_unless_they_are_open(shop: Database) -> None:
     shop.execute("""
         INSERT INTO figbridge.conflict (source, idempotency_key, event_id, scope, identity, kind, decision, state,

@@ -7,7 +7,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from figbridge import provision
+from figbridge import preflight, provision
 from figbridge.config import MappingSection
 from figbridge.event import Received
 from figbridge.preflight import Finding
@@ -73,6 +73,12 @@ def test_a_mapping_that_cannot_work(shop: Database, case: str) -> None:
     found = mapped(shop, tree)
     assert said in found.only("error", f"reverse.mappings.0{place}").what
     assert found.errors == [f"reverse.mappings.0{place}"]
+
+
+def test_a_mapping_that_does_not_fit_stands_in_nobodys_way(shop: Database) -> None:
+    wrong = mapping("shop.orders", "update", ["id"], ["stauts"])
+    findings = preflight.require(config_of(shop.dsn, slot=shop.slot, mappings=[wrong]), "run")
+    assert [it.where for it in findings if it.level == "error"] == ["reverse.mappings.0.set.stauts"]
 
 
 def test_what_is_misspelt_is_guessed(shop: Database) -> None:
