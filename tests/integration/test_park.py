@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,13 @@ from figbridge.reverse.apply import Applier
 from figbridge.reverse.consume import Consumer
 from figbridge.reverse.drift import Drift
 from figbridge.reverse.mapping import Mappings
+from figbridge.reverse.outcome import UPDATE_MISSING, Outcome
+from figbridge.reverse.park import Park
 from figbridge.reverse.purge import conflicts, inbox, purge
 from figbridge.transports.local import LocalSink, LocalSource
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.reverse import COLUMNS, count, make_shop, orders
+from fixtures.reverse import COLUMNS, count, make_shop, mapping, orders, work
 
 SECTIONS: list[dict[str, Any]] = [
     {
@@ -122,6 +125,19 @@ def test_what_brings_the_row_passes_the_update_that_waits_for_it(shop: Database,
     bridge.send("1", "order", id=1, status="a")
     until(lambda: orders(shop) == [(1, "c")], 20, bridge.said)
     bridge.until(applied=3)
+
+
+def test_what_brings_the_row_passes_updates_that_came_one_by_one(shop: Database) -> None:
+    """The second one waits for the row as the first one does, and not only for the first: it would be a circle."""
+    with closing(Applier(shop.dsn, statement_timeout=5, lock_timeout=0.2)) as applier:
+        park = Park(applier.connection, timeout=60)
+        for name in ("first", "second"):
+            update = work(mapping("update"), name, id=1, status=name)
+            outcome = applier.apply_all([update])[update]
+            assert (outcome.outcome, outcome.reason) == (Outcome.RETRY, UPDATE_MISSING)
+            park.add([(update, outcome, b"{}")])
+        insert = work(mapping("upsert"), "insert", id=1, status="made")
+        assert applier.apply_all([insert])[insert].outcome is Outcome.APPLIED
 
 
 def test_a_locked_row_is_tried_again_in_a_moment(shop: Database, bridge: Bridge) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 import psycopg
 
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.outcome import KEY_REUSE, ROW_WAITS, Applied, Outcome
+from figbridge.reverse.outcome import KEY_REUSE, ROW_WAITS, UPDATE_MISSING, Applied, Outcome
 
 _NONE: Final = "{}"  # the array of a column that is the same for all, or is not needed
 _DIGEST: Final = 32  # bytes of a payload's hash
@@ -40,6 +40,13 @@ _KNOWN: Final = """
     SELECT b.source, b.idempotency_key, b.payload_hash
     FROM unnest($1::text[], $2::text[]) AS c (source, key)
     JOIN figbridge.inbox b ON b.source = c.source AND b.idempotency_key = c.key
+"""
+# Entities of which all that waits waits for the row itself: so will what comes behind it.
+_ROWLESS: Final = """
+    SELECT p.scope, p.identity
+    FROM figbridge.parked p JOIN unnest($1::text[], $2::text[]) AS c (scope, identity)
+        ON p.scope = c.scope AND p.identity = c.identity
+    GROUP BY p.scope, p.identity HAVING bool_and(p.row_missing)
 """
 # tells how many; that is all that is asked for in hope
 HOPED_VERSIONS: Final = """
@@ -84,12 +91,17 @@ def known(connection: psycopg.Connection, works: Sequence[Work]) -> dict[Work, A
     asked = _pairs([work.identity for work in works])
     rows = psycopg.RawCursor(connection).execute(_KNOWN, asked).fetchall()
     hashes = {(source, key): bytes(payload_hash) for source, key, payload_hash in rows}
-    return {work: _compared(work, hashes.get(work.identity)) for work in works}
+    outcomes = {work: _compared(work, hashes[work.identity]) for work in works if work.identity in hashes}
+    if waiting := [work for work in works if work not in outcomes]:
+        entities = _pairs([work.entity for work in waiting])
+        rowless = set(psycopg.RawCursor(connection).execute(_ROWLESS, entities).fetchall())
+        for work in waiting:
+            reason = UPDATE_MISSING if work.entity in rowless else ROW_WAITS
+            outcomes[work] = Applied(Outcome.RETRY, reason, "an earlier event of the same entity waits")
+    return outcomes
 
 
-def _compared(work: Work, known: bytes | None) -> Applied:
-    if known is None:
-        return Applied(Outcome.RETRY, ROW_WAITS, "an earlier event of the same entity waits")
+def _compared(work: Work, known: bytes) -> Applied:
     return Applied(Outcome.DUPLICATE) if known == work.payload_hash else REUSED
 
 
