@@ -68,6 +68,37 @@ def make() -> Iterator[Callable[..., Applier]]:
 Make = Callable[..., Applier]
 
 
+def test_our_keys_are_in_the_order_of_their_bytes(shop: Database) -> None:
+    """Quicker, and a new version of the operating system's collations cannot spoil an index that has to be unique."""
+    asked = """
+        SELECT c.relname, a.attname FROM pg_attribute a
+        JOIN pg_class c ON c.oid = a.attrelid JOIN pg_collation o ON o.oid = a.attcollation
+        WHERE c.oid IN ('figbridge.inbox'::regclass, 'figbridge.entity_version'::regclass) AND o.collname = 'C'
+        ORDER BY c.relname, a.attnum
+    """
+    keys = [
+        ("entity_version", "scope"),
+        ("entity_version", "identity"),
+        ("inbox", "source"),
+        ("inbox", "idempotency_key"),
+    ]
+    assert shop.execute(asked) == keys
+
+
+def test_tables_of_an_older_figbridge_are_left_as_they_are(shop: Database, make: Make) -> None:
+    """To change the order of a key would write its index anew under a lock."""
+    shop.execute("""
+        ALTER TABLE figbridge.inbox ALTER idempotency_key TYPE text COLLATE "POSIX";
+        ALTER TABLE figbridge.entity_version ALTER identity TYPE text COLLATE "POSIX";
+    """)
+    before = shop.execute("SELECT relname, relfilenode FROM pg_class WHERE relname ~ '^(inbox|entity_version)'")
+    shop.execute((resources.files("figbridge") / "schema.sql").read_text())
+    after = shop.execute("SELECT relname, relfilenode FROM pg_class WHERE relname ~ '^(inbox|entity_version)'")
+    assert set(after) == set(before)
+    applied = make(shop).apply(event({"id": 1, "status": "new", "v": 1}), mapping("upsert", version="detail.v"))
+    assert applied == Applied(Outcome.APPLIED)
+
+
 def mapping(action: str, into: str = "shop.orders", **options: Any) -> Mapping:
     columns = {"id": "detail.id", "customer_id": "detail.customer", "status": "detail.status"}
     usual: dict[str, dict[str, Any]] = {

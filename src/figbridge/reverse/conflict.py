@@ -26,14 +26,13 @@ from figbridge import legacy
 from figbridge.reverse import transaction
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.message import write
-from figbridge.reverse.outcome import PARENT_MISSING, STALE_VERSION, Applied, Outcome
+from figbridge.reverse.outcome import DONE, PARENT_MISSING, STALE_VERSION, Applied, Outcome
 from figbridge.reverse.policy import Expected, Policy, Row
 from figbridge.reverse.statement import Free, Statement
 from figbridge.reverse.transaction import STALE, Naming, Suspects
 from figbridge.reverse.verdict import FK_MISSING, UNIQUE_OTHER, Conflict, Verdict, judge
 
 _UNIQUE: Final = "23505"  # unique_violation
-_APPLIED: Final = Applied(Outcome.APPLIED)
 
 _KNOWN: Final = """
     SELECT v.scope, v.identity FROM json_to_recordset($1::json) AS c (scope text, identity text)
@@ -206,7 +205,7 @@ class Conflicts:
                     assert task is not None  # noqa: S101 (it has a verdict)
                     self.keep(work, number, task, decided)
                     conflicts.append((decided.kind, str(decided.decision)))
-            outcome = _APPLIED
+            outcome = DONE
             statements = [] if rejected else list(_decided(work.statements, mine))
             if conflicts:
                 reason = "" if statements else conflicts[0][0]
@@ -215,7 +214,7 @@ class Conflicts:
             outcomes[work] = outcome
             if statements:
                 same = all(task is None or task.verdict.statement is task.statement for task in mine)
-                originals[work if same else dataclasses.replace(work, statements=statements)] = work
+                originals[work if same else work.having(statements)] = work
         if not originals:
             return outcomes
         try:

@@ -62,6 +62,22 @@ class Work:
         """The idempotency key."""
         return self.identity[1]
 
+    def having(self, statements: Sequence[Statement | Free]) -> "Work":
+        """The same with other statements."""
+        return Work(
+            self.event,
+            self.mapping,
+            self.identity,
+            self.payload_hash,
+            self.entity,
+            self.version,
+            statements,
+            self.hops,
+            self.again,
+            self.expected,
+            self.document,
+        )
+
 
 class _Row:
     """The statement of one row: an action on a table."""

@@ -6,7 +6,8 @@ until the end of the transaction, so nothing can change between the comparison a
 SELECT … FOR NO KEY UPDATE, as an UPDATE takes it: https://www.postgresql.org/docs/current/explicit-locking.html
 
 Values are compared as jsonb, because every type has that form and not every type has ``=`` (json, xml, point have
-none); 1.5 and 1.50 are equal there. Deltas and expressions are computed by the query, with the columns' own types.
+none); 1.5 and 1.50 are equal there. What is equal to the byte, as nearly everything is, need not be made jsonb first.
+Deltas and expressions are computed by the query, with the columns' own types.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +25,17 @@ _LOCK: Final = sql.SQL("""
     SELECT d.number, (SELECT row_to_json(it) FROM (SELECT {seen}) AS it)::text,
            ARRAY[{moved}]::bool[], ARRAY[{changed}]::bool[], ARRAY[{differing}]::bool[], ARRAY[{computed}]::text[],
            {other_version}, {newer}
-    FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number)
-    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document -> 'new') AS new
-    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document -> 'before') AS before
+    FROM ROWS FROM (json_array_elements($1::json), json_array_elements($2::json), json_array_elements($3::json))
+         WITH ORDINALITY AS d (document, seen, versions, number)
+    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document) AS new
+    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.seen) AS before
     JOIN {table} AS current ON {row}
     ORDER BY d.number
     FOR {strength} OF current
 """)
-_UNEQUAL: Final = sql.SQL("to_jsonb({a}.{c}) IS DISTINCT FROM to_jsonb({b}.{c})")
+_UNEQUAL: Final = sql.SQL(
+    "(NOT record_image_eq(ROW({a}.{c}), ROW({b}.{c})) AND to_jsonb({a}.{c}) IS DISTINCT FROM to_jsonb({b}.{c}))"
+)
 _OTHER: Final = "({c} IS DISTINCT FROM {v})"
 _NEWER: Final = "coalesce({c} < {v}, {c} IS NULL)"  # a row without a version is older than any
 _DELTA: Final = "current.{c} + (new.{c} - before.{c})"
@@ -40,7 +44,7 @@ _DELTA: Final = "current.{c} + (new.{c} - before.{c})"
 class Expected(NamedTuple):
     """What the new system believed when it made an event: `columns` are those with a known value before.
 
-    `row` names the row, so that two events about one row are told. `document` is for the query of `Policy`.
+    `row` names the row, so that two events about one row are told. The others are JSON, for the query of `Policy`.
     """
 
     policy: "Policy"
@@ -53,8 +57,8 @@ class Expected(NamedTuple):
 class Row(NamedTuple):
     """A row as it was found, and locked.
 
-    moved     columns that are not as the new system had seen them
-    changed   columns that the event says otherwise than the new system had seen them
+    moved     columns that are not as the new system had seen them, of those whose value before a mapping names
+    changed   columns that the event says otherwise than the new system had seen them, of those and the computed ones
     differing columns that the event would change
     computed  column → its value by delta or SQL, as JSON; None for NULL
     other_version, newer   None where no version is compared
@@ -103,6 +107,8 @@ class Policy:
         # whether some columns belong to the legacy system
         self.shared = any(group.owner == "legacy" for group in rules.groups)
         self._computed = dict(self._expressions())
+        self._seen_columns = tuple(rules.before)
+        self._changing = tuple(dict.fromkeys([*rules.before, *self._computed]))
         self._queries: dict[tuple[str, ...], bytes] = {}
 
     def rule_of(self, group: Group) -> str:
@@ -121,27 +127,31 @@ class Policy:
         for column in statement.shape.columns:
             if column in self._computed and self._computed[column] == _DELTA and before.get(column) is None:
                 raise Malformed(f"before {column}", "yields null or nothing", expected="the number that was seen")
-        versions = {}
+        versions: dict[str, Any] = {}
         if self._seen:
             versions["seen"] = _present(self._seen, document)
         if self._new:
             versions["new"] = _present(self._new, document)
-        row = write([str(key[column]) for column in sorted(key)], "the key") if key else statement.document
-        return Expected(self, (self.table, row), frozenset(before), write(before, "before"), write(versions, "version"))
+        row = "\0".join([str(key[column]) for column in sorted(key)]) if key else statement.document
+        return Expected(
+            self,
+            (self.table, row),
+            frozenset(before),
+            write(before, "before") if before else "{}",
+            write(versions, "version") if versions else "{}",
+        )
 
     def lock(
         self, connection: psycopg.Connection, rows: Sequence[tuple[Statement, Expected]], key: Sequence[str]
     ) -> dict[int, Row]:
         """Lock the rows, by `key`, in the order given; place in `rows` → what was found there. Raises psycopg.Error."""
-        documents = [
-            f'{{"new":{statement.document},"before":{expected.before},"versions":{expected.versions}}}'
-            for statement, expected in rows
-        ]
-        found = psycopg.RawCursor(connection).execute(self.query(key), [f"[{','.join(documents)}]"])
+        documents = [(statement.document, expected.before, expected.versions) for statement, expected in rows]
+        arrays = [f"[{','.join(column)}]" for column in zip(*documents, strict=True)]
+        found = psycopg.RawCursor(connection).execute(self.query(key), arrays)
         return {number - 1: self._row(values) for number, *values in found}
 
     def query(self, key: Sequence[str]) -> bytes:
-        """The query that locks and compares; its parameter ``$1`` is a JSON array."""
+        """The query that locks and compares; its parameters are JSON arrays: rows, values before, versions."""
         known = self._queries.get(tuple(key))
         if known is None:
             known = self._queries.setdefault(tuple(key), self._compose(key))
@@ -159,9 +169,9 @@ class Policy:
         computed = [sql.SQL("to_json({})::text").format(_expression(*it)) for it in self._computed.items()]
         return _LOCK.format(
             seen=sql.SQL(", ").join(sql.SQL("current.{}").format(sql.Identifier(column)) for column in seen),
-            moved=self._each("current", "before"),
-            changed=self._each("new", "before"),
-            differing=self._each("current", "new"),
+            moved=_each("current", "before", self._seen_columns),
+            changed=_each("new", "before", self._changing),
+            differing=_each("current", "new", self._compared),
             computed=sql.SQL(", ").join(computed),
             other_version=other,
             newer=newer,
@@ -172,11 +182,6 @@ class Policy:
             # an UPDATE of columns that no foreign key refers to lets inserts of children pass, and so does this
             strength=sql.SQL("UPDATE" if self.action == "delete" else "NO KEY UPDATE"),
         ).as_bytes(None)
-
-    def _each(self, a: str, b: str) -> sql.Composed:
-        return sql.SQL(", ").join(
-            _UNEQUAL.format(a=sql.SQL(a), b=sql.SQL(b), c=sql.Identifier(column)) for column in self._compared
-        )
 
     def _expressions(self) -> Iterator[tuple[str, str]]:
         for group in self.groups:
@@ -189,16 +194,23 @@ class Policy:
         text, moved, changed, differing, computed, other_version, newer = found
         return Row(
             text,
-            self._named(moved),
-            self._named(changed),
-            self._named(differing),
+            _named(self._seen_columns, moved),
+            _named(self._changing, changed),
+            _named(self._compared, differing),
             dict(zip(self._computed, computed, strict=True)),
             other_version,
             newer,
         )
 
-    def _named(self, flags: Sequence[bool]) -> frozenset[str]:
-        return frozenset(column for column, flag in zip(self._compared, flags, strict=True) if flag)
+
+def _each(a: str, b: str, columns: Sequence[str]) -> sql.Composed:
+    return sql.SQL(", ").join(
+        _UNEQUAL.format(a=sql.SQL(a), b=sql.SQL(b), c=sql.Identifier(column)) for column in columns
+    )
+
+
+def _named(columns: Sequence[str], flags: Sequence[bool]) -> frozenset[str]:
+    return frozenset([column for column, flag in zip(columns, flags, strict=True) if flag])
 
 
 def _present(path: Path, document: Document) -> Any:
@@ -210,7 +222,7 @@ def _present(path: Path, document: Document) -> Any:
 
 def _version(column: str, which: str, table: sql.Identifier, comparison: str) -> sql.Composed:
     """The row's version beside the event's, which PostgreSQL converts with the column's type."""
-    event = sql.SQL("json_build_object({name}::text, d.document -> 'versions' -> {which})")
+    event = sql.SQL("json_build_object({name}::text, d.versions -> {which})")
     converted = sql.SQL("(json_populate_record(NULL::{table}, {event})).{c}").format(
         table=table,
         event=event.format(name=sql.Literal(column), which=sql.Literal(which)),

@@ -10,6 +10,7 @@ is one that changed to just what the event says, unless both changes are to be a
 the event: nothing of it is written.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
@@ -217,13 +218,18 @@ def _summary(columns: dict[str, Decision]) -> Decision:
 
 def _inserted(statement: Statement) -> Statement:
     shape = statement.shape
-    return Statement(Shape("insert", shape.table, shape.key, shape.columns), statement.document)
+    return Statement(_shape("insert", shape.table, shape.key, shape.columns), statement.document)
 
 
 def _updated(statement: Statement, key: Sequence[str], columns: Sequence[str]) -> Statement:
     shape = statement.shape
     action: Action = "soft" if shape.action == "soft" else "update"
-    return Statement(Shape(action, shape.table, tuple(key), tuple(columns)), statement.document)
+    return Statement(_shape(action, shape.table, tuple(key), tuple(columns)), statement.document)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(action: Action, table: tuple[str, str], key: tuple[str, ...], columns: tuple[str, ...]) -> Shape:
+    return Shape(action, table, key, columns)  # the same one for all events: they are compared by identity first
 
 
 def _rewritten(statement: Statement, key: Sequence[str], written: dict[str, str | None]) -> Statement | None:
