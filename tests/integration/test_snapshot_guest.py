@@ -67,6 +67,18 @@ def test_nothing_is_held_open_while_a_chunk_waits_for_the_sink(prepared: Databas
         assert sorted(set(read(forward))) == [*range(1, 9001)]
 
 
+def test_a_lock_that_is_not_granted_is_given_up_and_asked_for_later(prepared: Database) -> None:
+    """Who waits for a lock makes others wait behind it."""
+    message = "SELECT message FROM figbridge.snapshot"
+    with prepared.connect() as theirs, Forward(prepared, snapshot=[THING]) as forward:
+        with theirs.transaction():
+            theirs.execute("LOCK TABLE thing IN ACCESS EXCLUSIVE MODE")
+            until(lambda: "lock timeout" in str(prepared.execute(message)), 20, lambda: f"{prepared.execute(message)}")
+            assert not read(forward)
+        finished(forward, "thing")
+        assert read(forward) == [*range(1, 11)]
+
+
 def test_a_chunk_whose_reading_takes_long_is_broken_off(prepared: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came by then is the chunk."""
     prepared.execute("INSERT INTO thing SELECT n, -n FROM generate_series(11, 3000) AS n")

@@ -119,6 +119,22 @@ def test_it_waits_for_a_standby_that_is_behind(pair: Cluster, database: Database
         there(pair, "SELECT pg_wal_replay_resume()")
 
 
+def test_it_goes_on_when_a_standby_that_was_away_is_back(pair: Cluster, database: Database) -> None:
+    message = "SELECT state, message FROM figbridge.snapshot"
+    pair.standby.stop()
+    try:
+        with Forward(database, snapshot=[THING], standby=pair.standby.dsn(database.name)) as forward:
+            until(lambda: "does not answer" in str(database.execute(message)), 20, "it says what it waits for")
+            assert not read(forward)
+            pair.standby.start()
+            finished(forward, "thing")
+            assert len(read(forward)) == 5000
+            assert database.execute(message) == [("done", None)]
+    finally:
+        if not (pair.standby._data / "postmaster.pid").exists():
+            pair.standby.start()
+
+
 def test_a_server_of_another_cluster_is_refused(pair: Cluster) -> None:
     with pytest.raises(LegacyUnavailable, match="another cluster"), Standby.opened(pair.standby.dsn(), "1234"):
         pass

@@ -153,8 +153,9 @@ class Progress:
             return connection.execute(statement, self._about(name) | values).rowcount == 1
 
 
-# a standby that is away must not hold us up, and a database may be read-only by default
-SETTINGS: Final = "-c synchronous_commit=local -c default_transaction_read_only=off"
+# A standby that is away must not hold us up, and a database may be read-only by default. To be told about a table takes
+# the lock of a SELECT, too (pg_publication_tables): who has locked it is waited for no longer than by a chunk.
+SETTINGS: Final = "-c synchronous_commit=local -c default_transaction_read_only=off -c lock_timeout=2s"
 _DURABLE: Final = "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = 'local'"
 _SELECT: Final = f"""
 SELECT schema_name AS schema, table_name AS "table", run, state, condition, cursor, rows, estimate, message,
