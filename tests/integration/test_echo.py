@@ -122,8 +122,9 @@ def test_a_canary_without_its_mark_is_not_answered(database: Database, written: 
     canary.write(database.dsn, database.slot, written)
     last(database)
     publications: Guard = "inbox" if written == "inbox" else "message"
-    with capture_logs() as logs, forward(database, publications) as running:
-        running.echo._guard = read
+    running = forward(database, publications)
+    running.echo._guard = read
+    with capture_logs() as logs, running:
         left(running)
         assert running.echo.canaries.empty()
     assert written == "inbox" or any("without its mark" in line["event"] for line in logs)
