@@ -80,13 +80,14 @@ def recorded(database: Database) -> list[bytes]:
     for statement in WORKLOAD:
         database.execute(statement)
     messages: list[bytes] = []
-    with Bench(database, messages=[FENCE]) as forward:
 
-        def keep(message: bytes) -> bytes:
-            messages.append(message)
-            return message
+    def keep(message: bytes) -> bytes:
+        messages.append(message)
+        return message
 
-        forward.tapped.change = keep
+    bench = Bench(database, messages=[FENCE])
+    bench.tapped.change = keep  # before there is anything to miss
+    with bench as forward:
         settled(forward)
         until(lambda: any(message[:1] == b"k" for message in messages), 20, "a keepalive")
     return messages

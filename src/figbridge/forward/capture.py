@@ -105,6 +105,8 @@ class Capture:
         ready = self._metrics.ready.labels("forward")
         try:
             while True:
+                while self._source.in_danger and self._buffer.full and not stop.is_set():
+                    stop.wait(_STOP_LATENCY)  # a connection that is not read would hold up the server's checkpoints
                 persist(self._connect, what="start replication", stop=stop, longest=_LOOK_AGAIN)
                 self._metrics.reconnects.inc()
                 _log.info(

@@ -34,7 +34,7 @@ import structlog
 
 from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import BridgeError, LegacyUnavailable, SlotGap, SlotInUse, SlotLost
+from figbridge.errors import BridgeError, LegacyUnavailable, SlotGap, SlotInUse, SlotLost, SourceDisconnected
 from figbridge.forward.bound import UNBOUND, Bound
 from figbridge.forward.incarnation import Incarnation, Note, Place
 from figbridge.forward.source import Identity, ReplicationSource
@@ -42,6 +42,8 @@ from figbridge.preflight import catalogue, stream
 from figbridge.preflight.catalogue import Slot
 
 _log = structlog.get_logger()
+
+_UNREAD = 10.0  # seconds without reading; a sink that is merely slow makes room again sooner
 
 
 class SlotGuard:
@@ -53,6 +55,7 @@ class SlotGuard:
         self._table = table
         self._incarnation = Incarnation(slot, table=table)
         self._moving = threading.Lock()
+        self.in_danger = False  # of being lost at the next checkpoint, when it was looked at last
         self.bound = Bound()
         self.streaming = False
         self.taken = 0  # how often this process has begun to stream
@@ -81,7 +84,9 @@ class SlotGuard:
                 "not have it, changes since then are in no event: `figbridge init` makes a new one, then copy the "
                 "tables anew; docs/failover.md says how a slot survives a failover",
             )
-        for finding in stream.unreadable(slot):
+        findings = stream.unreadable(slot)
+        self.in_danger = bool(findings)
+        for finding in findings:
             if finding.level == "error":
                 kind = SlotGap if stream.is_lost(slot) else SlotLost
                 raise kind(f"{finding.where} {finding.what}", hint=finding.remedy)
@@ -225,6 +230,7 @@ class GuardedSource(ReplicationSource):
         self._recreate = recreate
         self._asked = (Lsn(0), Lsn(0))
         self._sent = Lsn(0)
+        self._unread_since = 0.0
 
     @property
     def recreates(self) -> bool:
@@ -246,6 +252,7 @@ class GuardedSource(ReplicationSource):
 
     def _connect(self, start: Lsn) -> None:
         self.disconnect()  # the slot must not be held by ourselves, nor while we try to get through
+        self._unread_since = time.monotonic()
         with self._guard.connect() as connection, legacy.translated():
             self._guard.look(connection)
             try:
@@ -286,7 +293,25 @@ class GuardedSource(ReplicationSource):
         """As `ReplicationSource.wait`."""
         if self._asked[1] > self._sent and self._guard.permit(self._asked[1]) > self._sent:
             self.send_status(written=self._asked[0], flushed=self._asked[1])
+        self._let_go(reading=reading)
         super().wait(timeout, reading=reading)
+
+    def _let_go(self, *, reading: bool) -> None:
+        """Close a connection that is not read while the slot is about to be lost.
+
+        The checkpoint that takes the slot away waits until its walsender has ended, and a walsender whose client reads
+        nothing cannot end: it has a last message to send. No checkpoint of the legacy server may wait for our sink.
+        """
+        now, self.in_danger = time.monotonic(), self._guard.in_danger
+        if reading:
+            self._unread_since = now
+        elif self.in_danger and now - self._unread_since > _UNREAD:
+            self.disconnect()
+            raise SourceDisconnected(
+                "the slot is about to be lost, and nothing is read because the sink takes nothing: a checkpoint would "
+                "wait for this connection",
+                hint="mend the sink. The bridge comes back when there is room for what it reads",
+            )
 
     def finish(self, *, timeout: float = 5.0) -> None:
         """As `ReplicationSource.finish`; what was held is sent first, and the bound is exact afterwards."""

@@ -76,6 +76,7 @@ class ReplicationSource:
         self._streaming = False
         self._over = False  # the server has ended the stream
         self._dry = True  # the last `receive` took all that had arrived
+        self.in_danger = False  # whether the slot will be lost at the next checkpoint, as far as somebody has looked
         self.acknowledged = Lsn(0)  # what the server was told last that it may forget
         self.server_end = Lsn(0)  # of its WAL, as far as others have asked; a client that does not read is not told
         self.identity = Identity("", 0, ())
