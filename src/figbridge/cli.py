@@ -17,7 +17,9 @@ from rich.markup import escape
 from figbridge import log
 from figbridge.commands import config_option as _config_option
 from figbridge.commands import reported as _reported
+from figbridge.commands.conflicts import conflicts
 from figbridge.commands.dead_letters import dead_letters
+from figbridge.commands.schema import schema
 from figbridge.config import Config, Direction
 from figbridge.errors import ConfigError, Problem
 
@@ -34,7 +36,9 @@ def main(log_level: str) -> None:
     log.configure(level=log_level)
 
 
+main.add_command(conflicts)
 main.add_command(dead_letters)
+main.add_command(schema)
 
 
 @main.command()
@@ -168,65 +172,6 @@ def mapping_test(path: Path, event: Path, execute: bool) -> None:
                 click.echo(line)
 
 
-@main.group()
-def conflicts() -> None:
-    """What the events of the new system found otherwise than they expected, and who won."""
-
-
-@conflicts.command("list")
-@_config_option
-@click.option("--all", "everything", is_flag=True, help="Also those that are decided, resolved or dismissed.")
-@click.option("--kind", help="Only conflicts of this kind, such as update_conflict.")
-@click.option("--limit", type=click.IntRange(min=1), default=100, show_default=True, help="At most so many.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document, with the values.")
-def conflicts_list(path: Path, kind: str | None, limit: int, *, everything: bool, as_json: bool) -> None:
-    """The conflicts that wait for a person, the newest first; without values."""
-    with _reported():
-        from figbridge.reverse import resolve  # noqa: PLC0415
-
-        found = resolve.find(Config.load(path), state=None if everything else "open", kind=kind, most=limit)
-        if as_json:
-            click.echo(json.dumps([it.document() for it in found], indent=2))
-            return
-        for line in [resolve.told(it) for it in found] or ["there is none"]:
-            click.echo(line)
-
-
-@conflicts.command("show")
-@_config_option
-@click.argument("number", type=int)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def conflicts_show(path: Path, number: int, *, as_json: bool) -> None:
-    """One conflict, with the values: expected, before, proposed, after, and the event."""
-    with _reported():
-        from figbridge.reverse import resolve  # noqa: PLC0415
-
-        found = resolve.get(Config.load(path), number)
-        if as_json:
-            click.echo(json.dumps(found.document(), indent=2))
-            return
-        for line in resolve.shown(found):
-            click.echo(line)
-
-
-@conflicts.command("resolve")
-@_config_option
-@click.argument("number", type=int)
-@click.option(
-    "--take",
-    type=click.Choice(["new", "legacy", "dismiss"]),
-    required=True,
-    help="new: write the event's values. legacy: the row is right as it is. dismiss: it does not matter.",
-)
-@click.option("--force", is_flag=True, help="With new: also when the row has changed since.")
-def conflicts_resolve(path: Path, number: int, take: Literal["new", "legacy", "dismiss"], *, force: bool) -> None:
-    """Close a conflict, once; the new values are written as the bridge would write them."""
-    with _reported():
-        from figbridge.reverse import resolve  # noqa: PLC0415
-
-        click.echo(resolve.resolve(Config.load(path), number, take, force=force))
-
-
 @main.command()
 @_config_option
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
@@ -272,73 +217,6 @@ def snapshot(
         except KeyboardInterrupt:
             click.echo("the snapshot goes on; `figbridge snapshot --status` says how far it is", err=True)
             sys.exit(130)
-
-
-@main.group()
-def schema() -> None:
-    """JSON Schemas."""
-
-
-@schema.command("config")
-def schema_config() -> None:
-    """The JSON Schema of the configuration file, for editors and CI."""
-    click.echo(json.dumps(Config.model_json_schema(by_alias=True), indent=2))
-
-
-@schema.command("event")
-def schema_event() -> None:
-    """The JSON Schema of the detail of every event of the forward path."""
-    from importlib import resources  # noqa: PLC0415
-
-    click.echo(
-        resources.files("figbridge.contracts").joinpath("event.schema.json").read_text(encoding="utf-8"), nl=False
-    )
-
-
-@schema.command("events")
-@_config_option
-@click.option("--into", "directory", type=click.Path(path_type=Path), help="Write one file each into this directory.")
-def schema_events(path: Path, directory: Path | None) -> None:
-    """Contracts of the events of the file's tables, as they are now: a JSON Schema for each kind."""
-    with _reported():
-        from figbridge.contracts import of_file, write  # noqa: PLC0415
-        from figbridge.forward import contract  # noqa: PLC0415
-
-        found = contract.contracts(Config.load(path))
-        if directory is None:
-            click.echo(json.dumps({of_file(kind).as_posix(): made for kind, made in found.items()}, indent=2))
-            return
-        for written in write(directory, found):
-            click.echo(written)
-
-
-@schema.command("diff")
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", required=False, type=click.Path(path_type=Path))
-@click.option("-c", "--config", "path", type=click.Path(path_type=Path), help="Instead of NEW: the live tables.")
-def schema_diff(old: Path, new: Path | None, path: Path | None) -> None:
-    """Say whom the way from the contracts in OLD to those in NEW breaks; exit status 1 if anybody."""
-    with _reported():
-        from figbridge.contracts import Contracts, difference, of_file  # noqa: PLC0415
-
-        if (new is None) is (path is None):
-            raise ConfigError(
-                "compare with what?", [Problem("NEW", "name a directory, or a file with -c", "one of both")]
-            )
-        if path is not None:
-            from figbridge.forward import contract  # noqa: PLC0415
-
-            schemas = contract.contracts(Config.load(path))
-        else:
-            schemas = Contracts.load(new or old, "NEW").schemas
-        breaks = [
-            *difference.compare(Contracts.load(old, "OLD").schemas, schemas, lambda kind: of_file(kind).as_posix())
-        ]
-        for each in breaks:
-            click.echo(str(each))
-        if breaks:
-            sys.exit(1)
-        click.echo("nobody is broken")
 
 
 @main.command()
