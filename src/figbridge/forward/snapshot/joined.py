@@ -89,7 +89,7 @@ def read(
             size += sum(map(len, texts))
             width = max(width / 4, size / count)
             if share and share.flows:
-                time.sleep(min(_REST, time.monotonic() - sent))
+                time.sleep(min(_REST, 2 * (time.monotonic() - sent)))
             sent = time.monotonic()
             more = asked() if rows == wanted else 0
             block = joint.block(rows, texts)  # while the server is at the next

@@ -63,6 +63,7 @@ _WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
 }
 _TEXTS: Final = (_TEXT, "{it}", "coalesce({it}, {null})")
 _BLANKS: Final = (_TEXT, "{it}", "coalesce({it}, {null}::pg_catalog.bpchar)")
+_JSON: Final = (_PLAIN, "{it}", "coalesce({it}, 'null'::pg_catalog.jsonb)")
 _QUOTED: Final = (_PLAIN, "pg_catalog.to_json({it})", "coalesce(pg_catalog.to_json({it})::text, 'null')")
 
 
@@ -81,7 +82,7 @@ def _way(oid: int, encoder: values.Encoder) -> tuple[int, str, str] | None:
     if oid == _OID["bpchar"]:
         return _BLANKS
     if oid == _OID["jsonb"]:
-        return _WAYS[values.raw]
+        return _JSON
     if oid in (_OID["float4"], _OID["float8"]) or (
         encoder is values.exact_number and oid in (_OID["int8"], _OID["numeric"])
     ):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FEWEST, _MOST = 500, 10_000  # rows that leave at once
-_BRIEF, _LONG = 0.0015, 0.050  # seconds that they may take: while the stream flows, and while it has rested
+_BRIEF, _LONG = 0.001, 0.050  # seconds that they may take: while the stream flows, and while it has rested
 _RESTS: Final = 1.0  # seconds without an event
 _PART: Final = 500  # rows that become lines at once; what has no room in a cache costs more
 _FRAME: Final = 700  # bytes, about, of an envelope beside its values, and the names of ten columns or so
