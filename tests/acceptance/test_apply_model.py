@@ -100,12 +100,13 @@ class Model:
         It is set aside, and what follows it in the batch is committed before it is in the dead letters. If a newer
         version was, what is delivered again is late, and a late event is not looked at any more.
         """
-        for body in self.dead - dead:
+        for body in sorted(self.dead):
             envelope = json.loads(body)
             key, detail = envelope["id"], envelope["detail"]
             if key in keys and key not in self.keys and detail["version"] <= self.versions.get(detail["id"], 0):
                 self.keys[key] = body
-                self.dead.remove(body)
+                if body not in dead:  # it may be there since an earlier delivery
+                    self.dead.remove(body)
 
     def apply(self, body: str) -> None:
         envelope = json.loads(body)

@@ -135,6 +135,7 @@ def _compared(database: Database, table: str) -> list[Event]:
     ("key", "rows"),
     [
         ("id bigint PRIMARY KEY", "n * 7"),
+        ("id bigint PRIMARY KEY", "9007199254740000 + n"),
         ("id text PRIMARY KEY", "md5(n::text)"),
         ('id text COLLATE "C" PRIMARY KEY', "CASE n % 3 WHEN 0 THEN 'Ä' WHEN 1 THEN 'a' ELSE 'B' END || n"),
         ("id uuid PRIMARY KEY", "md5(n::text)::uuid"),

@@ -4,8 +4,10 @@ Nothing is sent to the bridge: its loop looks once a second, and after each chun
 bridge runs, and holds when the next one starts.
 """
 
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final, Literal
 
 import psycopg
@@ -93,8 +95,11 @@ def follow(config: Config, console: Console, *, wait: Callable[[float], object] 
         TextColumn("{task.fields[how]}", markup=False),
     )
     shown: dict[Name, tuple[TaskID, str]] = {}
-    with Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+    bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+    with _interrupts() as interrupted, bar:
         while True:
+            if interrupted:
+                raise KeyboardInterrupt
             tasks = status(config)
             for task in tasks:
                 line = told(task)
@@ -109,6 +114,25 @@ def follow(config: Config, console: Console, *, wait: Callable[[float], object] 
             if not any(task.state in ("waiting", "running") for task in tasks):
                 return all(task.state != "failed" for task in tasks)
             wait(_LOOK)
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """A list that the first SIGINT gets into; the second raises KeyboardInterrupt, wherever that is.
+
+    Raised wherever that is, the first could leave a lock of the bar's held, for which the thread that draws it waits.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _rows(task: Task) -> str:

@@ -215,8 +215,11 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
     ]
     if by_text:
         texts = [
-            f"{{v{it}[1:-1]}}" if oid == _UUID else f"{{v{it}}}" for it, oid in zip(table.keys, by_text, strict=True)
+            f"{{v{it}[1:-1]}}" if oid == _UUID else f"{{k{it}}}" if oid == _INT8 else f"{{v{it}}}"
+            for it, oid in zip(table.keys, by_text, strict=True)
         ]
+        # before a large one gets quotation marks
+        numbers = [f"k{it} = v{it}" for it, oid in zip(table.keys, by_text, strict=True) if oid == _INT8] + numbers
         end, hashed = piece(".").join(texts), []
     else:
         end, hashed = "{end}", [f'end = hash(f"{name}")']
