@@ -1,14 +1,22 @@
 """Lists the fixtures; each concern has a file of its own in tests/fixtures."""
 
 import functools
+import os
 from collections.abc import Iterator
 
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
-# both would measure how busy the machine is
-settings.register_profile("figbridge", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Whoever waits for the tests of a change asks whether the change broke something: the same examples each time. Whoever
+# looks for what nobody knows yet says so: FIGBRIDGE_TEST_SEARCH=1 make test TEST_ARGS="-k property"
+# Deadlines and slowness would measure how busy the machine is.
+settings.register_profile(
+    "figbridge",
+    deadline=None,
+    derandomize="FIGBRIDGE_TEST_SEARCH" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("figbridge")
 
 pytest_plugins = ["fixtures.postgres", "fixtures.aws", "fixtures.chance"]

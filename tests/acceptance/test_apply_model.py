@@ -5,7 +5,10 @@ cut anywhere, backends killed before and after COMMIT, processes that end betwee
 batch the tables are the model's. The consumer is the real one, on a real server; only its queue is a list.
 """
 
+import itertools
 import json
+import os
+import secrets
 import threading
 import time
 from collections import Counter
@@ -13,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -297,9 +300,10 @@ class Applying(RuleBasedStateMachine):
         assert {it for (it,) in self.database.execute("SELECT id FROM shop.customers")} == self.model.customers
 
 
-def _run(database: Database, examples: int, steps: int) -> None:
+def _run(database: Database, examples: int, steps: int, *, story: int | None = None) -> None:
+    machine = type("Machine", (Applying,), {"database": database})
     run_state_machine_as_test(
-        type("Machine", (Applying,), {"database": database}),
+        machine if story is None else seed(story)(machine),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -326,7 +330,10 @@ def test_whatever_happens_the_tables_are_those_of_one_event_after_the_other(shop
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_for_as_long_as_we_have_the_patience(shop: Database) -> None:
-    """Longer stories, each run with a seed of its own."""
-    end = time.monotonic() + PATIENCE
+    """Longer stories, each run with a seed of its own; in a search with others than the last time."""
+    end, search = time.monotonic() + PATIENCE, "FIGBRIDGE_TEST_SEARCH" in os.environ
+    stories = itertools.count(secrets.randbelow(1 << 32) if search else 0)
     while time.monotonic() < end:
-        _run(shop, examples=4, steps=80)
+        story = next(stories)
+        print(f"story {story}")  # pytest shows it beside a failure
+        _run(shop, examples=4, steps=80, story=story)
