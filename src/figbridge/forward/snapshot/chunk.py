@@ -138,8 +138,8 @@ def read(
 ) -> Chunk:
     """The rows behind `cursor`, or those with the keys `again`. Call within `locked`.
 
-    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. By `share` the stream has the half of
-    the time while it flows.
+    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. While the stream
+    flows, by `share`, it has half of the time or more.
     """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
