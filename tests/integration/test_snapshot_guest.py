@@ -79,6 +79,17 @@ def test_a_lock_that_is_not_granted_is_given_up_and_asked_for_later(prepared: Da
         assert read(forward) == [*range(1, 11)]
 
 
+def test_a_lock_on_another_table_of_the_publication_is_nothing_to_it(each_database: Database) -> None:
+    """Neither before a table is taken up nor before a chunk; with a row filter, whose text only the server can say."""
+    prepare(each_database, DDL, "thing WHERE (id > 5)" if each_database.version >= 15 else "thing", "other")
+    skip(each_database)
+    with each_database.connect() as theirs, Forward(each_database, snapshot=[THING]) as forward, theirs.transaction():
+        theirs.execute("LOCK TABLE other IN ACCESS EXCLUSIVE MODE")
+        finished(forward, "thing")
+        assert read(forward) == [*range(6 if each_database.version >= 15 else 1, 11)]
+    assert each_database.execute("SELECT message FROM figbridge.snapshot") == [(None,)]
+
+
 def test_a_chunk_whose_reading_takes_long_is_broken_off(prepared: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came by then is the chunk."""
     prepared.execute("INSERT INTO thing SELECT n, -n FROM generate_series(11, 3000) AS n")

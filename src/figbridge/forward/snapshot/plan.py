@@ -9,6 +9,9 @@ rows that came are all rows between the cursor and the last of them.
 Only an index in plain order will do (ascending, the column's collation, the type's default operators): then ``>``,
 ORDER BY and the index mean the same. What a table's rows are called in the stream must be told as pgoutput tells it, or
 the versions of its schema would differ: the columns of the publication, key flags as the replica identity has them.
+
+What is published is read from the catalogues, not from ``pg_publication_tables``: since 16 that view opens every table
+of the publication (pg_get_publication_tables), so somebody's long ALTER TABLE of one would stop the snapshots of all.
 """
 
 from collections.abc import Sequence
@@ -55,7 +58,8 @@ class Plan:
 
 def describe(connection: psycopg.Connection, name: Name, publication: str) -> Plan | None:
     """The plan for a table; None when there is no such table. Raises BridgeError if it cannot be read faithfully."""
-    head = connection.execute(_TABLE, {"schema": name[0], "table": name[1], "publication": publication}).fetchone()
+    statement = _TABLE if connection.info.server_version >= 150000 else _TABLE_14
+    head = connection.execute(statement, {"schema": name[0], "table": name[1], "publication": publication}).fetchone()
     if head is None:
         return None
     oid, kind, identity, published, filter_, columns, indexes = head
@@ -193,14 +197,41 @@ def _literals(plan: Plan, texts: Sequence[str]) -> sql.Composed:
     )
 
 
+# Partitions change as themselves, or with publish_via_partition_root as the topmost of their ancestors that is in the
+# publication (get_rel_sync_entry, GetPubPartitionOptionRelations). `here`: the table is in it, `above`: an ancestor is;
+# by name, or with all tables or all of a schema, as far as these can be published (is_publishable_class).
+_PUBLISHED: Final = """
+    SELECT p.oid AS publication, to_jsonb(p) ->> 'pubgencols' = 's' AS stored
+    FROM pg_publication p CROSS JOIN LATERAL (
+        SELECT coalesce(bool_or(t.oid = c.oid), false) AS here, coalesce(bool_or(t.oid <> c.oid), false) AS above
+        FROM pg_class t
+        WHERE t.oid IN (SELECT c.oid UNION SELECT relid FROM pg_partition_ancestors(c.oid))
+          AND (EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = t.oid)
+               OR t.relpersistence = 'p' AND t.oid >= 16384 AND (p.puballtables {or_schema}))
+    ) AS m
+    WHERE p.pubname = %(publication)s
+      AND CASE WHEN p.pubviaroot THEN m.here AND NOT m.above ELSE c.relkind = 'r' AND (m.here OR m.above) END
+"""
+_OR_SCHEMA: Final = """
+    OR EXISTS (SELECT FROM pg_publication_namespace s WHERE s.pnpubid = p.oid AND s.pnnspid = t.relnamespace)
+"""
+# A table that is in the publication with its schema, too, has its rows unfiltered. pg_get_expr locks this one table.
+_NARROWED: Final = """
+    SELECT r.prattrs::int2[] AS columns, pg_get_expr(r.prqual, r.prrelid) AS filter
+    FROM pg_publication_rel r
+    WHERE r.prpubid = p.publication AND r.prrelid = c.oid AND NOT EXISTS (
+        SELECT FROM pg_publication_namespace s WHERE s.pnpubid = r.prpubid AND s.pnnspid = c.relnamespace)
+"""
+_NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::text AS filter"  # before 15
+
 # As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
-# base type (logicalrep_write_typ). to_jsonb, because attnames and rowfilter came with 15.
-_TABLE: Final = """
-SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.told IS NOT NULL, p.told ->> 'rowfilter',
-       (SELECT json_agg(json_build_object(
+# base type (logicalrep_write_typ). Since 18 generated columns can be there, listed or by publish_generated_columns.
+_DESCRIBED: Final = """
+SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.publication IS NOT NULL, narrowed.filter,
+       (SELECT coalesce(json_agg(json_build_object(
                    'name', a.attname, 'type', a.atttypid::bigint, 'typmod', a.atttypmod,
                    'written', format_type(a.atttypid, a.atttypmod), 'schema', tn.nspname, 'named', base.name
-               ) ORDER BY a.attnum)
+               ) ORDER BY a.attnum), '[]')
         FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
         LEFT JOIN LATERAL (
             WITH RECURSIVE domain AS (
@@ -212,9 +243,8 @@ SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.told IS NOT NULL,
             WHERE d.base = 0
         ) AS base ON true
         WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-          AND (p.told -> 'attnames' IS NULL OR p.told -> 'attnames' ? a.attname)
-          AND (a.attgenerated = '' OR current_setting('server_version_num')::int >= 180000
-               AND p.told -> 'attnames' ? a.attname)),
+          AND CASE WHEN narrowed.columns IS NOT NULL THEN a.attnum = ANY (narrowed.columns)
+                   ELSE a.attgenerated = '' OR a.attgenerated = 's' AND p.stored END),
        (SELECT coalesce(json_agg(json_build_object(
                    'primary', i.indisprimary, 'identity', CASE c.relreplident WHEN 'd' THEN i.indisprimary
                                                           WHEN 'i' THEN i.indisreplident ELSE false END,
@@ -231,12 +261,12 @@ SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.told IS NOT NULL,
         WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
           AND i.indpred IS NULL AND i.indexprs IS NULL AND (i.indisprimary OR i.indisreplident))
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN LATERAL (
-    SELECT to_jsonb(t) AS told FROM pg_publication_tables t
-    WHERE t.pubname = %(publication)s AND t.schemaname = n.nspname AND t.tablename = c.relname
-) AS p ON true
+LEFT JOIN LATERAL ({published}) AS p ON true
+LEFT JOIN LATERAL ({narrowed}) AS narrowed ON p.publication IS NOT NULL
 WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p')
 """
+_TABLE: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=_OR_SCHEMA), narrowed=_NARROWED)
+_TABLE_14: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=""), narrowed=_NEVER_NARROWED)
 _LEAVES: Final = """
 SELECT c.oid::bigint, n.nspname::text, c.relname::text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace

@@ -154,7 +154,7 @@ class Progress:
 
 
 # A standby that is away must not hold us up, and a database may be read-only by default. To be told about a table takes
-# the lock of a SELECT, too (pg_publication_tables): who has locked it is waited for no longer than by a chunk.
+# the lock of a SELECT, too (pg_get_expr, pg_partition_tree): who has locked it is waited for no longer than by a chunk.
 SETTINGS: Final = "-c synchronous_commit=local -c default_transaction_read_only=off -c lock_timeout=2s"
 _DURABLE: Final = "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = 'local'"
 _SELECT: Final = f"""
