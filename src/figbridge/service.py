@@ -46,7 +46,8 @@ from figbridge.forward.pingpong import PingPong
 from figbridge.forward.publish import Publish, Publisher
 from figbridge.forward.sanitize import Rules
 from figbridge.forward.shape import Shaper
-from figbridge.forward.snapshot.loop import Bridge, Claims, Snapshot
+from figbridge.forward.snapshot.claims import Claims
+from figbridge.forward.snapshot.loop import Bridge, Snapshot
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.reads import Share
 from figbridge.forward.snapshot.window import Windows

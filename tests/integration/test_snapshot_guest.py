@@ -90,6 +90,16 @@ def test_a_lock_on_another_table_of_the_publication_is_nothing_to_it(each_databa
     assert each_database.execute("SELECT message FROM figbridge.snapshot") == [(None,)]
 
 
+def test_a_table_that_is_locked_lets_the_tables_behind_it_go_first(prepared: Database) -> None:
+    with prepared.connect() as theirs, Forward(prepared, snapshot=[OTHER, THING]) as forward:
+        with theirs.transaction():
+            theirs.execute("LOCK TABLE other IN ACCESS EXCLUSIVE MODE")
+            finished(forward, "thing")
+            assert states(prepared) == {"other": "running", "thing": "done"}
+        finished(forward, "other")
+        assert (read(forward, "other"), read(forward)) == ([1], [*range(1, 11)])
+
+
 def test_a_chunk_whose_reading_takes_long_is_broken_off(prepared: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came by then is the chunk."""
     prepared.execute("INSERT INTO thing SELECT n, -n FROM generate_series(11, 3000) AS n")

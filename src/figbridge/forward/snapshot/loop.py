@@ -10,7 +10,7 @@ rows a chunk costs five round trips and one of the stream.
 INVARIANT. At most one chunk of a table is not noted as durable: the next one is read meanwhile and not yet offered. A
 cursor that is noted has no row before it that must still be read again.
 
-Several loops share a process (`Claims`); only the process that has the stream works. What goes wrong with one table
+Several loops share a process (`claims`); only the process that has the stream works. What goes wrong with one table
 fails its task, with the reason, and stops neither the other tables nor the stream.
 """
 
@@ -29,6 +29,7 @@ from figbridge.errors import BridgeError
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.sanitize import Rules
 from figbridge.forward.snapshot import chunk, plan, sanitized
+from figbridge.forward.snapshot.claims import Claims
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.politeness import Pace
@@ -54,36 +55,6 @@ _TICK: Final = 0.001  # seconds between two looks whether a chunk is durable
 
 class Failed(BridgeError):
     """This table's snapshot cannot go on; the message says why."""
-
-
-class Claims:
-    """Which tables a loop of this process is at; and what to ask for when the stream is open first."""
-
-    def __init__(self, tables: Sequence[Name] = ()) -> None:
-        self._lock = threading.Lock()
-        self._taken: set[Name] = set()
-        self._wanted = list(tables)
-
-    def claim(self, connection: psycopg.Connection, progress: Progress, metrics: Metrics) -> Task | None:
-        """The next task that nobody is at, if there is one. Raises psycopg.Error."""
-        with self._lock:
-            for name in self._wanted:
-                progress.want_first(connection, name)
-            self._wanted = []
-            tasks = progress.tasks(connection)
-            for task in tasks:
-                if task.name not in self._taken:
-                    show(metrics, task)
-            for task in tasks:
-                if task.state in ("waiting", "running") and task.name not in self._taken:
-                    self._taken.add(task.name)
-                    return task
-        return None
-
-    def release(self, task: Task) -> None:
-        """Its loop has left it."""
-        with self._lock:
-            self._taken.discard(task.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,15 +123,17 @@ class Snapshot:
             task = self._bridge.claims.claim(connection, self._progress, self._bridge.metrics)
             if task is None:
                 return False
+            stands = False
             try:
                 with self._reader(), SHORT_TURNS:
                     self._task(connection, task)
             except BridgeError as trouble:  # it is tried again
+                stands = not connection.closed  # a lock, say; a lost connection is no fault of this table
                 with suppress(psycopg.Error):
                     self._progress.trouble(connection, task, str(trouble))
                 raise
             finally:
-                self._bridge.claims.release(task)
+                self._bridge.claims.release(task, behind=stands)
         return True
 
     @contextmanager

@@ -1,0 +1,48 @@
+"""Which loop of this process is at which table, and whose turn is next."""
+
+import threading
+from collections.abc import Sequence
+
+import psycopg
+
+from figbridge.forward.snapshot.progress import Progress, Task, show
+from figbridge.metrics import Metrics
+from figbridge.preflight.catalogue import Name
+
+
+class Claims:
+    """Which tables a loop of this process is at; and what to ask for when the stream is open first."""
+
+    def __init__(self, tables: Sequence[Name] = ()) -> None:
+        self._lock = threading.Lock()
+        self._taken: set[Name] = set()
+        self._behind: list[Name] = []
+        self._wanted = list(tables)
+
+    def claim(self, connection: psycopg.Connection, progress: Progress, metrics: Metrics) -> Task | None:
+        """The next task that nobody is at, those that stand still last; None without any. Raises psycopg.Error."""
+        with self._lock:
+            for name in self._wanted:
+                progress.want_first(connection, name)
+            self._wanted = []
+            tasks = progress.tasks(connection)
+            for task in tasks:
+                if task.name not in self._taken:
+                    show(metrics, task)
+            for task in sorted(tasks, key=self._turn):
+                if task.state in ("waiting", "running") and task.name not in self._taken:
+                    self._taken.add(task.name)
+                    return task
+        return None
+
+    def _turn(self, task: Task) -> int:
+        return self._behind.index(task.name) if task.name in self._behind else -1
+
+    def release(self, task: Task, *, behind: bool = False) -> None:
+        """Its loop has left it; `behind`: it stands still, and the others are not to wait for it."""
+        with self._lock:
+            self._taken.discard(task.name)
+            if task.name in self._behind:
+                self._behind.remove(task.name)
+            if behind:
+                self._behind.append(task.name)
