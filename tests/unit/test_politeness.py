@@ -1,4 +1,4 @@
-"""The rate of a snapshot, in a time of the test's own, whatever chunks come and however long they take; their size."""
+"""A snapshot's rate, the size of its chunks, and what it leaves to the stream, in a time of the test's own."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from figbridge.forward.snapshot.chunk import MOST_BYTES, Chunk, Size
 from figbridge.forward.snapshot.politeness import Pace
-from figbridge.forward.snapshot.reads import Block
+from figbridge.forward.snapshot.reads import Block, Share
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped
 
@@ -91,3 +91,31 @@ def test_a_chunk_has_as_many_rows_as_take_its_time_or_its_bytes(seconds: float, 
         rows.append(asked.rows)
     assert rows[-1] == pytest.approx(expected, rel=0.1)
     assert rows[0] <= 8000, "it grows by and by"
+
+
+@pytest.mark.parametrize("pause", [0.1, 0.9])
+def test_beside_a_stream_that_flows_few_rows_leave_at_once(pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sink that takes 10 µs a row: milliseconds in which the stream's next event waits, or 50 of them at rest."""
+    clock, share = Time(), Share()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+
+    def slices(count: int, *, flows: bool) -> list[int]:
+        sizes = []
+        for _ in range(count):
+            assert share.flows == flows
+            sizes.append(share.rows)
+            share.took(share.rows, share.rows * 1e-5, read=True)
+            if flows:
+                share.took(1, 1e-4, read=False)
+                clock.now += pause
+        return sizes
+
+    at_rest = slices(10, flows=False)
+    assert at_rest == sorted(at_rest)
+    assert at_rest[-1] == pytest.approx(5000, rel=0.01), "50 ms of it"
+    share.took(1, 1e-4, read=False)
+    beside = slices(10, flows=True)
+    assert beside == sorted(beside, reverse=True)
+    assert beside[-1] * 1e-5 <= 0.005
+    clock.now += 1.0
+    assert slices(10, flows=False)[-1] == at_rest[-1]
