@@ -1,0 +1,269 @@
+"""The rules of the configuration's fields: names, addresses, templates, mappings, conflicts."""
+
+from typing import Any
+
+import pytest
+
+from figbridge.config import MappingSection, split_table
+from fixtures.configured import LEGACY, MAPPING, mapping, parse, problems, reverse, tree
+
+# --- the fields' own rules
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("shop.orders", ("shop", "orders")),
+        ("Shop.Orders", ("shop", "orders")),
+        ('"Shop"."Order Items"', ("Shop", "Order Items")),
+        ('shop."a.b"', ("shop", "a.b")),
+        ('"say ""hi"""._t$1', ('say "hi"', "_t$1")),
+    ],
+)
+def test_a_table_is_read_as_sql_reads_it(text: str, names: tuple[str, str]) -> None:
+    assert split_table(text) == names
+
+
+@pytest.mark.parametrize(
+    "text", ["orders", "a.b.c", "shop.", ".orders", 'shop."orders', "1a.b", "a b.c", "a.b\n", '"".a']
+)
+def test_what_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"schema\.table"):
+        split_table(text)
+    assert problems(tree(legacy=LEGACY | {"tables": [text]})).keys() == {"legacy.tables.0"}
+
+
+@pytest.mark.parametrize("text", ["figbridge.inbox", '"figbridge".orders', "FIGBRIDGE.canary"])
+def test_our_own_tables_are_neither_published_nor_mapped_into(text: str) -> None:
+    content = reverse(mapping(into=text)) | {"legacy": LEGACY | {"tables": [text]}}
+
+    assert problems(content).keys() == {"legacy.tables.0", "reverse.mappings.0.into"}
+
+
+def test_a_table_twice_is_an_error_however_it_is_spelt() -> None:
+    found = problems(tree(legacy=LEGACY | {"tables": ["shop.orders", 'SHOP."orders"']}))
+
+    assert found["legacy.tables"].what == "'SHOP.\"orders\"' is the same table as 'shop.orders'"
+    assert problems(tree(legacy=LEGACY | {"tables": ["a.b", "a.b"]}))["legacy.tables"].what == "'a.b' is there twice"
+    assert parse(tree(legacy=LEGACY | {"tables": ["a.b", 'a."B"']})).legacy.tables == ("a.b", 'a."B"')
+
+
+@pytest.mark.parametrize("text", ["Figbridge", "fig-bridge", "", "x" * 64, "slot\n"])
+def test_a_slot_that_the_server_would_refuse(text: str) -> None:
+    assert problems(tree(legacy=LEGACY | {"slot": text})).keys() == {"legacy.slot"}
+
+
+@pytest.mark.parametrize(
+    ("dsn", "what"),
+    [
+        ("", "is empty"),
+        ("not a dsn", "libpq cannot read it as a connection string"),
+        ("postgresql://u:p%@h/d", "libpq cannot read it as a connection string"),
+        ("host=db replication=database", "has the parameter replication"),
+    ],
+)
+def test_a_dsn_is_checked_before_anything_connects(dsn: str, what: str) -> None:
+    assert problems(tree(legacy=LEGACY | {"dsn": dsn}))["legacy.dsn"].what == what
+
+
+@pytest.mark.parametrize(
+    "dsn", ["host=a,b port=5432,5433 target_session_attrs=read-write", "service=legacy", "postgresql:///shop"]
+)
+def test_every_form_of_libpq_is_a_dsn(dsn: str) -> None:
+    assert parse(tree(legacy=LEGACY | {"dsn": dsn})).legacy.dsn.get_secret_value() == dsn
+
+
+@pytest.mark.parametrize(
+    ("field", "template", "accepted"),
+    [
+        ("source", "legacy", True),
+        ("source", "{database}.{schema}.{table}", True),
+        ("source", "{{literal}}", True),
+        ("source", "{operation}", False),
+        ("detail-type", "{operation}", True),
+        ("detail-type", "{tabel}", False),
+        ("detail-type", "{}", False),
+        ("detail-type", "{0}", False),
+        ("detail-type", "{table", False),
+        ("detail-type", "table}", False),
+        ("detail-type", "{table.__class__}", False),
+        ("detail-type", "{table[0]}", False),
+        ("detail-type", "{table!r}", False),
+        ("detail-type", "{table:>20}", False),
+        ("detail-type", " ", False),
+        ("source", "", False),
+        ("source", "aws.shop", False),
+    ],
+)
+def test_templates(field: str, template: str, accepted: bool) -> None:
+    content = tree(forward={"sink": {"type": "stdout"}, field: template})
+
+    if accepted:
+        parse(content)
+    else:
+        assert problems(content).keys() == {f"forward.{field}"}
+
+
+def test_an_unknown_placeholder_names_the_known_ones() -> None:
+    found = problems(tree(forward={"sink": {"type": "stdout"}, "detail-type": "{tabel}.{operation}"}))
+
+    assert found["forward.detail-type"].what == "has the placeholder {tabel}"
+    assert "{database}, {schema}, {table}, {operation}" in found["forward.detail-type"].remedy
+
+
+def test_paths_of_a_mapping_are_checked_with_their_column() -> None:
+    found = problems(
+        reverse(
+            mapping(action="upsert", key={"id": "detail."}, set={"status": "detail[", "ok": "detail.ok"}),
+            mapping(idempotency_key="a b"),
+        )
+    )
+
+    assert found.keys() == {
+        "reverse.mappings.0.key.id",
+        "reverse.mappings.0.set.status",
+        "reverse.mappings.1.idempotency_key",
+    }
+    assert all(problem.what.startswith("not a JMESPath expression (") for problem in found.values())
+    assert all("\n" not in problem.what for problem in found.values())
+
+
+@pytest.mark.parametrize(
+    ("action", "has_key", "has_set", "what"),
+    [
+        ("insert", False, True, None),
+        ("insert", True, True, "action insert takes no key"),
+        ("insert", False, False, "action insert needs set"),
+        ("update", True, True, None),
+        ("update", False, True, "action update needs key"),
+        ("update", True, False, "action update needs set"),
+        ("upsert", True, True, None),
+        ("upsert", True, False, None),
+        ("upsert", False, True, "action upsert needs key"),
+        ("delete", True, False, None),
+        ("delete", True, True, "action delete takes no set"),
+        ("delete", False, False, "action delete needs key"),
+    ],
+)
+def test_what_each_action_needs(action: str, has_key: bool, has_set: bool, what: str | None) -> None:
+    content = reverse(
+        mapping(action=action, key={"id": "detail.id"} if has_key else None, set={"a": "detail.a"} if has_set else None)
+    )
+
+    if what is None:
+        parse(content)
+    else:
+        assert problems(content)["reverse.mappings.0"].what == what
+
+
+def test_a_column_is_either_found_by_or_written() -> None:
+    content = reverse(mapping(action="update", key={"id": "detail.id"}, set={"id": "detail.id", "a": "detail.a"}))
+
+    assert problems(content)["reverse.mappings.0"].what == "columns both in key and in set: id"
+
+
+def test_a_column_has_a_name() -> None:
+    assert problems(reverse(mapping(set={"": "detail.id"})))["reverse.mappings.0.set"].what == "has an empty key"
+
+
+def test_a_reverse_path_without_mappings_is_an_error() -> None:
+    assert problems(reverse())["reverse.mappings"].what == "is empty"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("park-timeout", 0),
+        ("statement-timeout", 0),
+        ("statement-timeout", float("inf")),
+        ("lock-timeout", float("nan")),
+    ],
+)
+def test_settings_out_of_their_range(field: str, value: float) -> None:
+    assert problems(reverse(MAPPING, **{field: value})).keys() == {f"reverse.{field}"}
+
+
+@pytest.mark.parametrize(
+    ("listen", "address"),
+    [
+        ("127.0.0.1:9464", ("127.0.0.1", 9464)),
+        ("[::1]:9464", ("::1", 9464)),
+        ("[::]:0", ("::", 0)),
+        ("localhost:65535", ("localhost", 65535)),
+    ],
+)
+def test_addresses(listen: str, address: tuple[str, int]) -> None:
+    assert parse(tree(http={"listen": listen})).http.address == address
+
+
+@pytest.mark.parametrize(
+    "listen", ["", "9464", ":9464", "[]:9464", "::1:9464", "[::1:9464", "host:", "host:http", "host:65536", "host:²"]
+)
+def test_what_is_no_address(listen: str) -> None:
+    assert problems(tree(http={"listen": listen})).keys() == {"http.listen"}
+
+
+def test_sections_cannot_be_changed_after_they_were_checked() -> None:
+    section = MappingSection.model_validate(MAPPING)
+
+    with pytest.raises(ValueError, match="frozen"):
+        section.into = "shop.widgets"  # type: ignore[misc]  # that it is refused is the test
+
+
+# --- conflicts
+
+UPDATE: dict[str, Any] = MAPPING | {"action": "update", "key": {"id": "detail.id"}, "set": {"a": "a", "b": "b"}}
+RULES: dict[str, tuple[dict[str, Any], str]] = {
+    "delta without before": ({"conflicts": {"policy": "delta"}}, "name its value under conflicts.before"),
+    "merge without before": ({"conflicts": {"policy": "merge_columns"}}, "by who changed them"),
+    "no version": ({"conflicts": {"policy": "version_wins"}}, "no version to compare"),
+    "a strange column": (
+        {"conflicts": {"policy": "reject", "groups": [{"columns": "c", "policy": "new_wins"}]}}, "groups c",
+    ),
+    "two groups": (
+        {"conflicts": {"policy": "reject", "groups": [{"columns": "a"}, {"columns": ["a", "b"]}]}}, "in two groups",
+    ),
+    "before of an insert": (
+        {"action": "insert", "key": {}, "conflicts": {"policy": "reject", "before": {"a": "a"}}}, "an insert has not",
+    ),
+    "merged deletion": (
+        {"action": "delete", "set": {}, "conflicts": {"policy": "merge_columns", "before": {"a": "a"}}},
+        "a delete has none",
+    ),
+    "of SQL": (
+        {"into": None, "action": None, "key": {}, "set": {}, "sql": "SELECT 1", "owner": "legacy"},
+        "takes no owner or conflicts",
+    ),
+    "beside statements": (
+        {"into": None, "action": None, "key": {}, "set": {}, "owner": "legacy", "statements": [
+            {"into": "a.b", "action": "delete", "key": {"id": "id"}}]},
+        "has owner beside statements",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules_that_contradict_their_statement(case: str) -> None:
+    change, said = RULES[case]
+    found = problems(reverse(UPDATE | change))
+    assert any(said in f"{it.what}; {it.remedy}" for it in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        {"columns": ["a", "b"], "sql": "1"},
+        {"columns": "a", "sql": "1", "policy": "delta"},
+        {"columns": "a", "owner": "legacy", "policy": "new_wins"},
+        {"columns": []},
+    ],
+)
+def test_groups_that_contradict_themselves(group: dict[str, Any]) -> None:
+    assert problems(reverse(UPDATE | {"conflicts": {"policy": "reject", "groups": [group]}}))
+
+
+def test_what_belongs_to_the_legacy_system_has_rules() -> None:
+    section = MappingSection.model_validate(UPDATE | {"owner": "legacy"})
+    assert section.rules is not None
+    assert section.rules.policy == "legacy_wins"
+    assert MappingSection.model_validate(UPDATE).rules is None
