@@ -163,6 +163,13 @@ def test_every_row_is_read_once_whatever_the_key(database: Database, key: str, r
     assert sorted(str(it) for it in after(events)) == sorted(str(it).strip('"') for (it,) in expected)
 
 
+def test_a_table_without_columns_has_rows_too(database: Database) -> None:
+    """Which are all one."""
+    prepare(database, "CREATE TABLE bare (); ALTER TABLE bare REPLICA IDENTITY FULL", "bare")
+    database.execute("INSERT INTO bare DEFAULT VALUES")
+    assert [it["after"] for it in walk(database, ("public", "bare"))] == [{}]
+
+
 def test_a_rate_bounds_each_chunk_and_the_time_of_all(database: Database) -> None:
     """From below alone, which a busy machine cannot break; tests/unit/test_politeness.py has the rest."""
     prepare(database, "CREATE TABLE thing (id int PRIMARY KEY)", "thing")
