@@ -9,7 +9,7 @@ THE MAP. A byte of WAL goes this way (package `forward`, one arrow a file):
 
 and an event of the new system comes back the other (package `reverse`, read from right to left).
 
-forward/source.py      the replication connection; the only file that knows psycopg.pq
+forward/source.py      the replication connection; with reverse/wire.py, what knows the protocol
 forward/decode.py      pgoutput bytes → Begin, Change, Commit …; pure
 forward/echo.py        our own reverse writes, recognised and dropped; touched.py: what triggers added to them leaves;
                        pingpong.py: two systems that answer each other
@@ -28,7 +28,8 @@ forward/heartbeat.py   a message that goes the whole way and is timed; messages.
 forward/snapshot/      the rows that were there before the slot, between watermarks in the stream
 reverse/consume.py     the loop: receive, map, apply, settle
 reverse/mapping.py     event → key, version and statements, by declaration
-reverse/transaction.py idempotency keys, versions and statements of a batch in one transaction; express.py: all at once
+reverse/transaction.py idempotency keys, versions and statements of a batch in one transaction; express.py: all at once,
+                       the next batch behind the COMMIT of the one before
 reverse/apply.py       the batch, and the search for the event that spoils it
 reverse/park.py        events that wait for a row
 mark.py                what a reverse transaction says of itself in the WAL, and the forward path reads

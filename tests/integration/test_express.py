@@ -3,7 +3,7 @@
 import itertools
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -15,12 +15,14 @@ from figbridge.config import MappingSection
 from figbridge.deadletter import TableDeadLetterStore
 from figbridge.errors import LegacyUnavailable
 from figbridge.metrics import Metrics
+from figbridge.reverse import consume
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.consume import Consumer
-from figbridge.reverse.express import Hope
+from figbridge.reverse.express import Hope, Parcel
 from figbridge.reverse.mapping import Mapping, Mappings, Work
 from figbridge.reverse.outcome import DELETE_MISSING, ROW_WAITS, STALE_VERSION, Applied, Outcome
 from figbridge.reverse.park import Park
+from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.reverse import COLUMNS, KIND, body, count, make_shop, mapping, orders, work
 from fixtures.scripted import ScriptedSource
@@ -240,6 +242,165 @@ def test_the_claim_tells_sources_and_ids_apart(shop: Database, applier: Applier)
         (*one.identity, "id-1", one.payload_hash),
         (*two.identity, "id-2", two.payload_hash),
     ]
+
+
+def ahead(applier: Applier, first: list[Work], second: list[Work]) -> tuple[dict[Work, Applied], Parcel]:
+    """Apply `first`, with `second` behind its COMMIT; the outcomes, and what `second` was sent as."""
+    parcel = applier.parcel(second, alone=True)
+    assert parcel is not None
+    return applier.apply_all(first, following=lambda: parcel), parcel
+
+
+def sessions(shop: Database) -> set[str]:
+    """The states of our sessions, as soon as none of them is at work."""
+    asked = "SELECT state FROM pg_stat_activity WHERE application_name = 'figbridge-apply' AND datname = %s"
+
+    def states() -> set[str]:
+        return {state for (state,) in shop.execute(asked, [shop.name])}
+
+    until(lambda: "active" not in states(), 30, "our session has done what it was sent")
+    return states()
+
+
+def test_the_next_batch_stands_behind_the_commit_and_is_committed_in_its_turn(shop: Database, applier: Applier) -> None:
+    first, second = (
+        works(versioned(), range(5), v=1, status="first"),
+        works(versioned(), range(9), v=2, status="second"),
+    )
+    outcomes, parcel = ahead(applier, first, second)
+    assert set(outcomes.values()) == {DONE}
+    assert sessions(shop) == {"idle in transaction"}
+    assert orders(shop) == [(number, "first") for number in range(5)], "nobody sees the second one yet"
+    sent = int(shop.execute("SELECT pg_current_xact_id()::text::bigint")[0][0])
+    assert set(applier.apply_all(second, parcel=parcel).values()) == {DONE}
+    assert orders(shop) == [(number, "second") for number in range(9)]
+    wrote = shop.execute("SELECT max(xmin::text::bigint) FROM shop.orders")[0][0]
+    assert wrote < sent, "it is the transaction that was sent ahead"
+    assert sessions(shop) == {"idle"}
+
+
+def test_what_was_sent_ahead_is_taken_back_when_something_else_is_asked(shop: Database, applier: Applier) -> None:
+    first, second = (
+        works(versioned(), range(3), v=1, status="first"),
+        works(versioned(), range(3), v=2, status="second"),
+    )
+    _, parcel = ahead(applier, first, second)
+    assert applier.connection().execute("SELECT max(version) FROM figbridge.entity_version").fetchone() == (1,)
+    assert sessions(shop) == {"idle"}
+    others = works(versioned(), range(5, 7), v=1, status="others")
+    assert set(ahead(applier, others, second)[0].values()) == {DONE}
+    more = works(versioned(), range(3), v=3, status="more")
+    assert set(applier.apply_all(more).values()) == {DONE}
+    assert {it.reason for it in applier.apply_all(second, parcel=parcel).values()} == {STALE_VERSION}
+    assert orders(shop) == [*((number, "more") for number in range(3)), (5, "others"), (6, "others")]
+
+
+def test_a_commit_that_fails_takes_back_what_stands_behind_it(shop: Database, applier: Applier) -> None:
+    """The second batch has run by then, on rows that the first one was to write before it."""
+    shop.execute("""
+        CREATE FUNCTION shop.refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN IF NEW.status = 'bad' THEN RAISE check_violation; END IF; RETURN NULL; END $$;
+        CREATE CONSTRAINT TRIGGER refuse AFTER INSERT OR UPDATE ON shop.orders DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION shop.refuse();
+    """)
+    first = [*works(versioned(), range(3), v=1, status="first"), work(versioned(), "bad", id=3, v=1, status="bad")]
+    second = works(versioned("update"), range(3), v=2, status="second")
+    outcomes, parcel = ahead(applier, first, second)
+    assert [outcomes[it].outcome for it in first] == [Outcome.APPLIED] * 3 + [Outcome.DEAD_LETTER]
+    assert sessions(shop) == {"idle"}
+    assert orders(shop) == [(number, "first") for number in range(3)]
+    assert set(applier.apply_all(second, parcel=parcel).values()) == {DONE}
+    assert orders(shop) == [(number, "second") for number in range(3)]
+
+
+def test_what_was_sent_ahead_may_disappoint(shop: Database, applier: Applier) -> None:
+    first, again = works(versioned(), range(4), v=1, status="first"), works(versioned(), range(3), v=1, status="first")
+    mixed = [*again, work(versioned("update"), "waits", id=9, v=1, status="no row yet")]
+    _, parcel = ahead(applier, first, mixed)
+    outcomes = applier.apply_all(mixed, parcel=parcel)
+    assert [outcomes[it].outcome for it in mixed] == [Outcome.DUPLICATE] * 3 + [Outcome.RETRY]
+    assert sessions(shop) == {"idle"}
+
+
+def test_what_was_sent_ahead_is_not_committed_without_leave(shop: Database, applier: Applier) -> None:
+    """Its receipt was lost meanwhile, say."""
+
+    class Forbidden(Exception):
+        pass
+
+    def forbid() -> None:
+        raise Forbidden
+
+    first, second = (
+        works(versioned(), range(4), v=1, status="first"),
+        works(versioned(), range(4), v=2, status="second"),
+    )
+    _, parcel = ahead(applier, first, second)
+    assert sessions(shop) == {"idle in transaction"}
+    with pytest.raises(Forbidden):
+        applier.apply_all(second, forbid, parcel=parcel)
+    assert sessions(shop) == {"idle"}
+    assert orders(shop) == [(number, "first") for number in range(4)]
+    assert set(applier.apply_all(second, parcel=parcel).values()) == {DONE}
+
+
+def test_what_was_sent_ahead_is_sent_again_when_its_session_is_gone(shop: Database, applier: Applier) -> None:
+    first, second = (
+        works(versioned(), range(4), v=1, status="first"),
+        works(versioned(), range(4), v=2, status="second"),
+    )
+    _, parcel = ahead(applier, first, second)
+    assert sessions(shop) == {"idle in transaction"}
+    ours = "FROM pg_stat_activity WHERE application_name = 'figbridge-apply' AND datname = %s"
+    shop.execute(f"SELECT pg_terminate_backend(pid) {ours}", [shop.name])
+    with pytest.raises(LegacyUnavailable):
+        applier.apply_all(second, parcel=parcel)
+    assert set(applier.apply_all(second, parcel=parcel).values()) == {DONE}
+    assert orders(shop) == [(number, "second") for number in range(4)]
+
+
+def test_the_loop_sends_a_batch_behind_the_one_before(shop: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten batches about the same rows; the end of each waits until the next one is at hand."""
+    monkeypatch.setattr(consume, "_LOOK_INTO_EMPTY", 600.0)  # seconds; such a look comes between two batches
+    stop = threading.Event()
+    found: list[set[str]] = []
+    section = MappingSection.model_validate({
+        "match": KIND, "into": "shop.orders", "action": "upsert", "key": {"id": "detail.id"}, "set": COLUMNS,
+        "version": "detail.v",
+    })  # fmt: skip
+
+    class Patient(Applier):
+        def apply_all(
+            self, *arguments: Any, following: Callable[[], Parcel | None] = lambda: None, **options: Any
+        ) -> dict[Work, Applied]:
+            self.following = following
+            return super().apply_all(*arguments, following=following, **options)
+
+    def step(name: str) -> None:
+        if name == "executed" and len(found) < 9:
+            until(ours.following, 30, "the next batch is at hand")
+        elif name == "committed":
+            found.append(sessions(shop))
+
+    bodies = [body(f"e-{number}", id=number % 7, v=number, status=str(number)) for number in range(100)]
+    ours = Patient(shop.dsn, statement_timeout=60, lock_timeout=2, on_step=step)
+    letters = TableDeadLetterStore(shop.dsn)
+    source = ScriptedSource(bodies, stop, at_once=10)
+    Consumer(source, Mappings([section]), ours, letters, Metrics(), park_timeout=60).run(stop)
+    assert orders(shop) == sorted((number % 7, str(number)) for number in range(93, 100))
+    assert found == [{"idle in transaction"}] * 9 + [{"idle"}]
+
+
+def test_more_kinds_of_statements_than_the_server_is_to_keep(shop: Database, applier: Applier) -> None:
+    columns = [f"c{number}" for number in range(8)]
+    shop.execute(f"CREATE TABLE shop.wide (id bigint PRIMARY KEY, {', '.join(f'{it} text' for it in columns)})")
+    of = mapping(into="shop.wide", set={it: f"detail.{it}" for it in columns})
+    kinds = [[it for number, it in enumerate(columns) if kind >> number & 1] for kind in range(1, 255)]
+    for some in (kinds[:150], kinds[100:], kinds):  # one transaction and many; before its answers and after
+        made = [work(of, f"{len(some)}-{it}", id=1, **dict.fromkeys(it, "-".join(it))) for it in some]
+        assert set(applier.apply_all(made).values()) == {DONE}
+    assert len(applier.connection().execute("SELECT FROM pg_prepared_statements").fetchall()) <= 100
+    assert shop.execute("SELECT c1, c7 FROM shop.wide") == [("-".join(kinds[-1]),) * 2]
 
 
 def test_hope_comes_back_more_and_more_slowly() -> None:

@@ -61,10 +61,6 @@ from figbridge.reverse.transaction import Examiner, Suspects
 # than an index entry may be (54). Anything else that happens to a claim would happen to the next one, too.
 _CLAIM_POISON: Final = ("22", "54")
 
-# Somebody between us and the server hands sessions around, and did not show it (`legacy.direct`):
-# invalid_sql_statement_name, duplicate_prepared_statement.
-_NOT_PREPARED: Final = ("26000", "42P05")
-
 _Result = TypeVar("_Result")
 
 __all__ = ["Applied", "Applier", "Outcome"]
@@ -99,9 +95,11 @@ class Applier:
         self._examine, self._refuse = examine, refuse
         self._on_step = on_step
         self._may_commit: Callable[[], None] = lambda: None
+        self._following: Callable[[], express.Parcel | None] = lambda: None
         self._prepares = True
         self._hope = express.Hope()
         self._connection: psycopg.Connection | None = None
+        self._lane: express.Lane | None = None
 
     def apply(self, event: Received, mapping: Mapping) -> Applied:
         """Apply one event; as `apply_all`, but raises LegacyUnavailable when somebody else has the row."""
@@ -120,6 +118,7 @@ class Applier:
         *,
         hopeful: bool = True,
         parcel: express.Parcel | None = None,
+        following: Callable[[], express.Parcel | None] = lambda: None,
     ) -> dict[Work, Applied]:
         """Apply `works`, in their order for each entity; what became of each.
 
@@ -129,9 +128,10 @@ class Applier:
         when the inbox itself cannot be written, which no event is to blame for.
 
         `may_commit` is called before each COMMIT; what it raises rolls back instead. `hopeful`: none of them has come
-        before, as far as anybody knows. `parcel` is of `parcel`, for about these works.
+        before, as far as anybody knows. `parcel` is of `parcel`, for about these works. `following` is asked at COMMIT
+        for the parcel that the next call will have, if it is known by then: the server begins with it at once.
         """
-        self._may_commit = may_commit
+        self._may_commit, self._following = may_commit, following
         outcomes: dict[Work, Applied] = {}
         batches = [works] if parcel and parcel.works == works else _without_repeated_keys(works)
         for batch in batches:
@@ -154,20 +154,26 @@ class Applier:
 
     def connection(self) -> psycopg.Connection:
         """The connection, in autocommit mode and idle, for questions to the catalogue and the park."""
+        if self._lane:
+            self._lane.clear()
+        return self._opened()
+
+    def _opened(self) -> psycopg.Connection:
+        """The connection, perhaps with a transaction that was sent ahead."""
         if self._connection is None or self._connection.closed:
             connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
             if self._prepares and legacy.direct(connection):
                 connection.prepare_threshold = sys.maxsize  # what asks for it by itself, and nothing else
             if self._guard:
                 self._open_guard(self._guard, connection)
-            self._connection = connection
+            self._connection, self._lane = connection, None
         return self._connection
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+            self._connection = self._lane = None
 
     @staticmethod
     def _open_guard(guard: LoopGuard, connection: psycopg.Connection) -> None:
@@ -194,7 +200,8 @@ class Applier:
         ):
             return False
         try:
-            applied = self._transaction(works, functools.partial(self._run_express, parcel=parcel))
+            run = functools.partial(self._run_express, parcel=parcel)
+            applied = self._transaction(works, run, self._opened)
         except Suspects as suspects:
             self._hope.learn(fulfilled=False)
             self._divide(works, suspects, outcomes)
@@ -255,15 +262,22 @@ class Applier:
         parcel: express.Parcel | None,
     ) -> dict[Work, Applied] | None:
         made = parcel if parcel and parcel.works == works else express.Parcel(works)
-        return express.run(connection, made, begin, self._step)
+        if self._lane is None or self._lane.connection is not connection:
+            self._lane = express.Lane(connection)
+        return self._lane.run(made, begin, self._step, self._following)
 
     def _step(self, step: str) -> None:
         if step == "executed":
             self._may_commit()
         self._on_step(step)
 
-    def _transaction(self, works: Sequence[Work], run: Callable[..., _Result]) -> _Result:
-        connection = self.connection()
+    def _transaction(
+        self,
+        works: Sequence[Work],
+        run: Callable[..., _Result],
+        connected: Callable[[], psycopg.Connection] | None = None,
+    ) -> _Result:
+        connection = (connected or self.connection)()
         try:
             begin = [*self._begin, *self._guard.beginning(connection, works)] if self._guard else self._begin
             return run(connection, works, begin)
@@ -280,7 +294,7 @@ class Applier:
     def _raise_if_not_the_events(self, error: psycopg.Error, *, claiming: bool) -> None:
         if contended(error):
             return
-        if error.sqlstate in _NOT_PREPARED:
+        if error.sqlstate in express.NOT_PREPARED:
             self._prepares = False
             self.close()
             raise LegacyUnavailable(
@@ -337,14 +351,16 @@ class Applier:
             raise unavailable(unknown) from unknown
 
     def _leave_clean(self, connection: psycopg.Connection) -> None:
-        """No transaction stays open between two events, and no broken connection is kept."""
+        """No transaction stays open between two events but one sent ahead, and no broken connection is kept."""
+        if self._lane and self._lane.ahead and not connection.closed:
+            return
         if not connection.closed and connection.info.transaction_status != TransactionStatus.IDLE:
             with contextlib.suppress(psycopg.Error):
                 connection.execute("ROLLBACK")
         if connection.closed or connection.info.transaction_status != TransactionStatus.IDLE:
             with contextlib.suppress(psycopg.Error):
                 connection.close()
-            self._connection = None
+            self._connection = self._lane = None
 
 
 def _without_repeated_keys(works: Sequence[Work]) -> Iterable[list[Work]]:

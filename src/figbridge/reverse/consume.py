@@ -22,6 +22,7 @@ do hold the event: guard them like the table it was for.
 """
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import Counter
@@ -139,6 +140,7 @@ class Consumer:
                 ahead = done = None
                 if hand and received and not self._due():
                     ahead = pool.submit(self._apply_behind, hand[1], parts, stop)
+                    _announce(parts, hand[2])
                 if hand:
                     if hand[1].result():
                         ahead = None  # it did nothing
@@ -149,7 +151,7 @@ class Consumer:
                     self._look_around(stop)
                     ahead = pool.submit(self._apply, parts, stop) if received else None
                 if ahead:
-                    hand, received = (received, ahead), []
+                    hand, received = (received, ahead, parts), []
                 if done:
                     self._settle(done, stop)
         finally:
@@ -198,6 +200,8 @@ class Consumer:
             first = all(item.delivery.attempts == 1 for item in chosen)
             parcel = self._applier.parcel(works, alone=not self._parked) if first else None
             parts.append(Part(chosen, works, first, parcel))
+        for part, behind in itertools.pairwise(parts):
+            part.behind = behind.parcel
         return parts
 
     def _due(self) -> bool:
@@ -238,7 +242,11 @@ class Consumer:
                     try:
                         with self._metrics.apply_seconds.time():
                             return self._applier.apply_all(
-                                works, partial(_require, deliveries), hopeful=part.first, parcel=part.parcel
+                                works,
+                                partial(_require, deliveries),
+                                hopeful=part.first,
+                                parcel=part.parcel,
+                                following=lambda: part.behind,
                             )
                     except _Lost:
                         pass  # rolled back; without those that are not ours any more
@@ -341,7 +349,14 @@ class Consumer:
             stack.callback(self._source.close)
 
 
-_Hand: TypeAlias = tuple[list[Item], Future[bool]]  # a batch, and the end of its transactions: `Consumer._apply`
+# a batch, the end of its transactions (`Consumer._apply`), and what each of them is for
+_Hand: TypeAlias = tuple[list[Item], Future[bool], list[Part]]
+
+
+def _announce(parts: Sequence[Part], before: Sequence[Part]) -> None:
+    """Say to the last one of `before`, which may be at work, that `parts` come next."""
+    if parts and before:
+        before[-1].behind = parts[0].parcel
 
 
 class _Lost(Exception):

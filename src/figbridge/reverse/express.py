@@ -1,7 +1,7 @@
 """The same transaction in two round trips: everything but COMMIT is sent at once, before any answer is read.
 
     round trip 1   BEGIN · timeouts · claim · versions · statements     (transaction.py needs four for these)
-    round trip 2   COMMIT
+    round trip 2   COMMIT                                               and behind it round trip 1 of the next batch
 
 It is sent in the hope that all keys are new and all versions newer, as they are nearly always. Where one is not, where
 a row is missing or a statement fails, the transaction is rolled back and `transaction` does it again, step by step.
@@ -10,21 +10,32 @@ A key that is known is an error in the server's log, so what is delivered again 
 INVARIANT. COMMIT is sent only after all answers have been read and every one of them is what was hoped for. So whatever
 a statement did for an event that should not have been applied is never committed.
 
+ORDER. The batch behind a COMMIT is a transaction of its own, and the server begins with it when it is through with the
+one before. Should that one fail after all (a deferred constraint), or should something else be asked of the connection
+first, it is rolled back, and sent again in its turn. It is sent ahead only where the connection is nobody else's: a
+pooler might give what stands behind a COMMIT to another session.
+
 Why it matters: each answer that is waited for leaves the server idle, and wakes a thread which has to get Python's lock
 from the one that parses the next batch. For the same reason what is sent is made beforehand (`Parcel`), by that other
 thread: it has the events in its processor's cache, and the server has the batch before to work on meanwhile.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import psycopg
 
+from figbridge.errors import BridgeError
 from figbridge.reverse import claim, transaction
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import Applied, contended
 from figbridge.reverse.transaction import Suspects
+from figbridge.reverse.wire import Wire
 
+# Somebody between us and the server hands sessions around, and did not show it (`legacy.direct`):
+# invalid_sql_statement_name, duplicate_prepared_statement.
+NOT_PREPARED: Final = ("26000", "42P05")
 _MOST = 64  # batches without hope after those that disappointed
 
 
@@ -66,6 +77,8 @@ class Parcel:
         self.works = list(works)
         self.claims = claim.claims(works, alone=alone)
         self.segments = [_Segment(segment) for segment in transaction.segments(works)]
+        # whether all of it is ours, and none the user's own SQL
+        self.plain = all(shape is not None for it in self.segments for _, _, shape, _ in it.todo)
 
 
 class _Segment:
@@ -79,11 +92,108 @@ class _Segment:
         self.todo = transaction.statements(works)
 
 
-def run(
+class Lane:
+    """The express transactions of one connection, one after the other. For one thread."""
+
+    def __init__(self, connection: psycopg.Connection) -> None:
+        self.connection = connection
+        self._wire = Wire(connection)
+        self._ahead: _Sent | None = None
+
+    @property
+    def ahead(self) -> bool:
+        """Whether a transaction is open whose parcel is still to be given to `run`."""
+        return self._ahead is not None
+
+    def run(
+        self,
+        parcel: Parcel,
+        begin: Sequence[bytes],
+        on_step: Callable[[str], None],
+        following: Callable[[], Parcel | None] = lambda: None,
+    ) -> dict[Work, Applied] | None:
+        """As `transaction.run`; None when it did not go as hoped, and the transaction is to be rolled back.
+
+        `following` is asked, when this one is about to be committed, for the parcel that `run` is given next.
+        Raises Suspects, LegacyUnavailable, psycopg.Error.
+        """
+        if not parcel.plain:
+            self.clear()
+            return _run_by_driver(self.connection, parcel, begin, on_step)
+        sent: _Sent | None = None
+        done, wire = None, self._wire
+        try:
+            sent = self._taken(parcel, begin)
+            wire.receive()
+            outcomes = sent.outcomes()
+            if outcomes is None:
+                return None
+            on_step("executed")
+            done = wire.send(b"COMMIT")
+            wire.sync()
+            if wire.prepares and (behind := following()) and behind.plain:
+                self._ahead = self._sent(behind, begin)
+            wire.receive()
+            transaction.require_commit(done)
+        except psycopg.Error as error:
+            if done is not None:
+                self.clear()
+                raise Suspects(parcel.works, error) from error  # deferred constraints and triggers speak here
+            if self.connection.closed:
+                raise
+            if sent is not None:
+                sent.judge(error)
+            return None
+        except BridgeError:
+            self.clear()
+            raise
+        finally:
+            if self._ahead is None:
+                wire.leave()
+        on_step("committed")
+        return outcomes
+
+    def clear(self) -> None:
+        """Take back what was sent ahead, so that the connection is idle. What it did was never committed."""
+        if self._ahead is None:
+            return
+        self._ahead = None
+        self._wire.leave()
+        if not self.connection.closed:
+            with contextlib.suppress(psycopg.Error):  # the next statement will say so
+                self.connection.execute("ROLLBACK")
+
+    def _taken(self, parcel: Parcel, begin: Sequence[bytes]) -> "_Sent":
+        """What was sent of `parcel`, now or before."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.parcel is parcel:
+            return ahead
+        self._ahead = ahead
+        self.clear()
+        self._wire.enter()
+        return self._sent(parcel, begin)
+
+    def _sent(self, parcel: Parcel, begin: Sequence[bytes]) -> "_Sent":
+        sent = _Sent(parcel, self._wire.send, self._wire.flush)
+        sent.all(begin)
+        self._wire.sync()
+        self._wire.flush()
+        return sent
+
+
+def _run_by_driver(
     connection: psycopg.Connection, parcel: Parcel, begin: Sequence[bytes], on_step: Callable[[str], None]
 ) -> dict[Work, Applied] | None:
-    """As `transaction.run`; None when it did not go as hoped, and the transaction is to be rolled back."""
-    sent, works = _Sent(connection, parcel), parcel.works
+    """As `Lane.run`, with the user's own SQL, whose parameters are psycopg's."""
+
+    def send(query: str | bytes, parameters: Any = None, *, prepare: bool = False) -> Any:
+        # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
+        ours = not isinstance(parameters, Mapping)
+        cursor: psycopg.Cursor[Any] = psycopg.RawCursor(connection) if ours else psycopg.Cursor(connection)
+        cursor.execute(query, parameters, prepare=prepare)
+        return cursor
+
+    sent = _Sent(parcel, send)
     done: psycopg.Cursor[Any] | None = None
     try:
         with connection.pipeline() as pipeline:
@@ -99,12 +209,10 @@ def run(
             done = connection.execute("COMMIT")
     except psycopg.Error as error:
         if done is not None:
-            raise Suspects(works, error) from error  # deferred constraints and triggers speak here
+            raise Suspects(parcel.works, error) from error  # deferred constraints and triggers speak here
         if connection.closed:
             raise
-        if contended(error) and sent.claimed:
-            # the wait was long enough: no second one for the same lock
-            raise Suspects(sent.unanswered() or works, error) from error
+        sent.judge(error)
         return None
     transaction.require_commit(done)
     on_step("committed")
@@ -112,38 +220,37 @@ def run(
 
 
 class _Sent:
-    """What was sent of a parcel, and its answers."""
+    """What was sent of a parcel, by `send`, and its answers. `begun` is called when the claim is on its way."""
 
-    def __init__(self, connection: psycopg.Connection, parcel: Parcel) -> None:
-        self._connection = connection
-        self._parcel = parcel
-        self._counted: list[tuple[psycopg.RawCursor, int]] = []  # each is to have an answer of so many rows
+    def __init__(
+        self, parcel: Parcel, send: Callable[..., transaction.Answer], begun: Callable[[], None] = lambda: None
+    ) -> None:
+        self.parcel = parcel
+        self._send, self._begun = send, begun
+        self._counted: list[tuple[transaction.Answer, int]] = []  # each is to have an answer of so many rows
         self._segments: list[tuple[list[Work], list[transaction.Sent]]] = []
 
     def all(self, begin: Sequence[bytes]) -> None:
         """Send everything."""
         for statement in begin:
-            psycopg.RawCursor(self._connection).execute(statement, prepare=True)
-        self._count(claim.HOPED_CLAIM, self._parcel.claims, len(self._parcel.works))
-        for segment in self._parcel.segments:
+            self._send(statement, prepare=True)
+        self._count(claim.HOPED_CLAIM, self.parcel.claims, len(self.parcel.works))
+        self._begun()
+        for segment in self.parcel.segments:
             if segment.versioned:
                 self._count(claim.HOPED_VERSIONS, segment.versions, segment.versioned)
-            self._segments.append((segment.works, []))
-            transaction.send(self._connection, segment.todo, self._segments[-1][1])
+            sent: list[transaction.Sent] = []
+            self._segments.append((segment.works, sent))
+            for query, parameters, shape, members in segment.todo:
+                answer = self._send(query, parameters, prepare=transaction.keeps_plan(shape))
+                sent.append(transaction.Sent(answer, query, shape, members))
 
     def _count(self, query: str, parameters: Sequence[str | bytes], rows: int) -> None:
-        cursor = psycopg.RawCursor(self._connection)
-        self._counted.append((cursor, rows))
-        cursor.execute(query, parameters, prepare=True)
-
-    @property
-    def claimed(self) -> bool:
-        """Whether all keys were new."""
-        return bool(self._counted) and self._counted[0][0].rowcount == len(self._parcel.works)
+        self._counted.append((self._send(query, parameters, prepare=True), rows))
 
     def outcomes(self) -> dict[Work, Applied] | None:
         """When all answers are there; None when one is not what was hoped for."""
-        if any(cursor.rowcount != rows for cursor, rows in self._counted):
+        if any(answer.rowcount != rows for answer, rows in self._counted):
             return None
         outcomes: dict[Work, Applied] = {}
         try:
@@ -153,6 +260,15 @@ class _Sent:
             return None
         return outcomes
 
-    def unanswered(self) -> Sequence[Work]:
+    def judge(self, error: psycopg.Error) -> None:
+        """Raise Suspects when the error of a statement says enough; else it is to be found out step by step."""
+        if error.sqlstate in NOT_PREPARED:
+            raise Suspects(self.parcel.works, error) from error
+        claimed = self._counted and self._counted[0][0].rowcount == len(self.parcel.works)
+        if contended(error) and claimed:
+            # the wait was long enough: no second one for the same lock
+            raise Suspects(self._unanswered() or self.parcel.works, error) from error
+
+    def _unanswered(self) -> Sequence[Work]:
         """The works of the first statement without an answer."""
         return next((it.members for _, sent in self._segments for it in sent if it.cursor.statusmessage is None), ())

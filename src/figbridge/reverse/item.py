@@ -36,12 +36,14 @@ class Part:
 
     first   whether none of them has come before, as far as anybody knows
     parcel  what will be sent, where that could be made beforehand
+    behind  the parcel of the next part, once it is known that it will be the next
     """
 
     items: list[Item]
     works: list[Work]
     first: bool
     parcel: Parcel | None
+    behind: Parcel | None = None
 
 
 def broken(mapping: Mapping) -> Applied:

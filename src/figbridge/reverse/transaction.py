@@ -145,7 +145,7 @@ def _commit(connection: psycopg.Connection, works: Sequence[Work], on_step: Call
     on_step("committed")
 
 
-def require_commit(done: psycopg.Cursor[Any]) -> None:
+def require_commit(done: "Answer") -> None:
     """Raise LegacyUnavailable where the answer to COMMIT is ROLLBACK: without an error, after a failed transaction."""
     if done.statusmessage != "COMMIT":
         raise LegacyUnavailable("the server rolled back instead", hint="nothing is lost; the bridge tries again")
@@ -256,10 +256,25 @@ def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
         yield group
 
 
+class Answer(Protocol):
+    """What is asked for of a statement's answer: psycopg's cursor has it, and `figbridge.reverse.wire`'s answer."""
+
+    @property
+    def rowcount(self) -> int:
+        """-1 without an answer."""
+
+    @property
+    def statusmessage(self) -> str | None:
+        """None without an answer."""
+
+    def fetchall(self) -> list[Any]:
+        """The rows."""
+
+
 class Sent(NamedTuple):
     """A statement on its way: `members` are its works in the order of the documents."""
 
-    cursor: psycopg.Cursor[Any]
+    cursor: Answer
     query: str | bytes
     shape: Shape | None
     members: list[Work]
@@ -303,8 +318,12 @@ def send(connection: psycopg.Connection, todo: Iterable[_Todo], sent: list[Sent]
         # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
         cursor = psycopg.Cursor(connection) if shape is None else psycopg.RawCursor(connection)
         sent.append(Sent(cursor, query, shape, members))
-        # a plan that joins would be kept as it was for the size that the table once had
-        cursor.execute(query, parameters, prepare=shape is not None and not shape.finds)
+        cursor.execute(query, parameters, prepare=keeps_plan(shape))
+
+
+def keeps_plan(shape: Shape | None) -> bool:
+    """Whether a statement may be prepared: a plan that joins would be kept as it was for the size of the table then."""
+    return shape is not None and not shape.finds
 
 
 def read(works: Sequence[Work], sent: Sequence[Sent]) -> dict[Work, Applied]:
