@@ -1,10 +1,11 @@
 """The stream goes before what a snapshot has read, and no read undoes what the stream told."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,9 @@ from figbridge.event import Event, Rejection
 from figbridge.forward import place
 from figbridge.forward.buffer import Batch, Buffer
 from figbridge.forward.checkpoint import Checkpoint, Ticket
+from figbridge.forward.snapshot import reads as reads_
 from figbridge.forward.snapshot.layout import Layout
-from figbridge.forward.snapshot.reads import Block, Reads
+from figbridge.forward.snapshot.reads import Block, Reads, Slice
 from figbridge.forward.snapshot.window import Windows
 from figbridge.forward.table import Naming, Table
 from figbridge.forward.values import Encoders
@@ -63,10 +65,18 @@ def taken(buffer: Buffer, rows: int = 2) -> list[list[Any]]:
     buffer.close()
     while batches := buffer.take(100, rows):
         keys = [(json.loads(it.detail)["key"] or {}).get("id") for batch in batches for it in batch.events]
-        turns.append([key if batches[0].read else f"~{key}" for key in keys])
+        turns.append([key if batches[0].reads else f"~{key}" for key in keys])
         for batch in batches:
+            buffer.left(batch)
             buffer.settle(batch)
     return turns
+
+
+def one(buffer: Buffer, rows: int = 2) -> Batch:
+    """A turn, of a slice or of one batch."""
+    (batch,) = buffer.take(1, rows)
+    buffer.left(batch)
+    return batch
 
 
 @pytest.fixture
@@ -92,7 +102,7 @@ def test_what_came_before_goes_first_and_what_comes_later_in_turn(buffer: Buffer
 
 def test_a_row_of_which_the_stream_told_first_leaves_no_more(buffer: Buffer) -> None:
     buffer.put_reads(reads(ROWS))
-    assert [it.key for it in buffer.take(100, 2)[0].events] == ['public.t16385:{"id":1}', 'public.t16385:{"id":2}']
+    assert [it.key for it in one(buffer).events] == ['public.t16385:{"id":1}', 'public.t16385:{"id":2}']
     buffer.put(stream(event(1), event(3), event(9, old=6)))
     assert taken(buffer) == [["~1", "~3", "~9"], [4], [5]]
 
@@ -106,7 +116,7 @@ def test_what_does_not_tell_all_of_its_row_waits(buffer: Buffer) -> None:
 
 def test_it_waits_for_reads_of_its_own_table_alone(buffer: Buffer) -> None:
     buffer.put_reads(reads(ROWS))
-    buffer.take(100, 2)
+    one(buffer)
     buffer.put(stream(event(5, oid=OTHER), partial=[OTHER]))
     assert taken(buffer) == [["~5"], [3, 4], [5, 6]]
 
@@ -148,7 +158,7 @@ def test_only_the_last_slice_has_the_ticket(buffer: Buffer) -> None:
     buffer.put_reads(reads(ROWS, ticket=ticket))
     buffer.put_reads(reads((), oid=OTHER))
     buffer.close()
-    turns = [buffer.take(100, 2)[0] for _ in range(4)]
+    turns = [one(buffer) for _ in range(4)]
     assert [it.ticket is ticket for it in turns] == [False, False, False, True]
     assert turns[1].ticket is not None, "a chunk without a row is acknowledged as well"
     assert not buffer.take(100)
@@ -185,6 +195,43 @@ def test_the_sizes_of_slices_are_the_size_of_all() -> None:
     whole = late.size
     sizes = [late.slice(3)[1] for _ in range(7)]
     assert (sum(sizes), late.size, late.ended) == (whole, 0, True)
+
+
+def ids(lines: Iterable[bytes]) -> list[int]:
+    return [json.loads(line)["detail"]["after"]["id"] for line in b"".join(lines).splitlines()]
+
+
+def test_the_stream_ends_a_slice_early(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads_, "_PART", 2)
+    ticket = Checkpoint().track(Lsn(5))
+    late = reads(ROWS, block=5, ticket=ticket)
+    buffer.put_reads(late)
+    whole = late.size
+    (batch,) = buffer.take(100, 6)
+    assert isinstance(batch.events, Slice)
+    lines = batch.events.lines()
+    first = next(lines)
+    buffer.put(stream(event(4), event(9)))
+    assert (ids([first, *lines]), len(batch.events), late.left) == ([1, 2], 2, 6)
+    buffer.left(batch)
+    buffer.settle(batch)
+    assert (batch.ticket, late.left, batch.size + late.size) == (None, 2, whole)
+    assert [it.key for it in one(buffer).events] == [event(4).key, event(9).key]
+    (batch,) = buffer.take(100, 6)
+    assert isinstance(batch.events, Slice)
+    assert ids(batch.events.lines()) == [3, 5, 6], "of the fourth the stream told first"
+    assert [json.loads(it.detail)["position"]["ordinal"] for it in batch.events] == [2, 3, 4]
+    buffer.left(batch)
+    assert (batch.ticket, late.left, late.size) == (ticket, 5, 0)
+
+
+def test_what_waits_for_a_slice_does_not_end_it(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads_, "_PART", 2)
+    buffer.put_reads(reads(ROWS))
+    (batch,) = buffer.take(100, 6)
+    buffer.put(stream(event(4), partial=[ONE]))
+    assert isinstance(batch.events, Slice)
+    assert ids(batch.events.lines()) == [1, 2, 3, 4, 5, 6]
 
 
 @dataclass
@@ -232,11 +279,25 @@ def applied(details: Sequence[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     return held
 
 
+def delivered(batch: Batch, part: int, meanwhile: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    """The details of its events, as lines where it has some: after each `part` of these something happens."""
+    if not (part and isinstance(batch.events, Slice)):
+        yield from (json.loads(it.detail) for it in batch.events)
+        return
+    with mock.patch.object(reads_, "_PART", part):
+        for lines in batch.events.lines():
+            yield from (json.loads(line)["detail"] for line in lines.splitlines())
+            meanwhile()
+
+
 _IDS = st.integers(1, 8)
 _KINDS = st.sampled_from(["insert", "update", "delete", "unsent", "truncate", "move", "update", "update"])
 _STEPS = st.lists(
     st.one_of(
-        st.tuples(_KINDS, _IDS, _IDS), st.tuples(st.just("read"), st.integers(1, 3), _IDS), st.just(("take", 0, 0))
+        st.tuples(_KINDS, _IDS, _IDS),
+        st.tuples(st.just("read"), st.integers(1, 3), _IDS),
+        st.just(("take", 0, 0)),
+        st.tuples(st.just("lines"), _IDS, st.integers(1, 3)),
     ),
     max_size=60,
 )
@@ -244,27 +305,34 @@ _STEPS = st.lists(
 
 @given(_STEPS)
 def test_in_whatever_turns_a_consumer_ends_with_the_table(steps: Sequence[tuple[str, int, int]]) -> None:
-    """A chunk of all rows is read now and then, once at least; the consumer holds what is in the table at the end."""
+    """A chunk of all rows is read now and then, once at least; the consumer holds what is in the table at the end.
+
+    While a slice is written line by line, rows change.
+    """
     world, buffer, told = World(), Buffer(1 << 20, Metrics()), list[dict[str, Any]]()
     pending: Reads | None = None
 
-    def take(rows: int) -> bool:
-        batches = buffer.take(2, rows)
-        told.extend(json.loads(it.detail) for batch in batches for it in batch.events)
+    def change(kind: str, id_: int, other: int) -> None:
+        events, partial = world.change(kind, id_, other)
+        buffer.put(stream(*events, partial=partial))
+
+    def take(rows: int, meanwhile: int = 0, *, part: int = 0) -> bool:
+        batches = buffer.take(2, rows) if buffer._batches or buffer._reads else ()
+        for batch in batches:
+            told.extend(delivered(batch, part, lambda: change("update", meanwhile, 0)))
+            buffer.left(batch)
         return bool(batches)
 
-    for kind, first, second in [*steps, ("read", 1, 1)] if not any(it[0] == "read" for it in steps) else steps:
-        if kind == "take":
-            if buffer._batches or buffer._reads:
-                take(1)
+    for kind, first, second in [*steps, ("read", 1, 1)]:
+        if kind in ("take", "lines"):
+            take(8, first, part=second) if kind == "lines" else take(1)
         elif kind == "read":
             if pending is None or pending.ended:  # of one table there is one at a time
                 rows = [(id_, *row) for id_, row in sorted(world.rows.items())]
                 pending = reads(rows, block=first)
                 buffer.put_reads(pending)
         else:
-            events, partial = world.change(kind, first, second)
-            buffer.put(stream(*events, partial=partial))
+            change(kind, first, second)
     buffer.close()
     while take(2):
         pass

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from figbridge.event import Event, Rejection
 from figbridge.forward.checkpoint import Ticket
-from figbridge.forward.snapshot.reads import Reads
+from figbridge.forward.snapshot.reads import Reads, Slice
 from figbridge.forward.versions import Version
 from figbridge.metrics import Metrics
 
@@ -27,7 +27,8 @@ class Batch:
 
     ``refused`` has events that no sink shall see: they go to the dead letters, in the place where they stand.
     ``versions`` were met in it, and are to be kept before the ticket is resolved. ``partial`` has the OIDs of tables of
-    which an event does not say all of one row: a value was not sent, or it is about all rows. ``read``: of a snapshot.
+    which an event does not say all of one row: a value was not sent, or it is about all rows. ``reads``: what it is a
+    slice of.
     """
 
     ticket: Ticket | None
@@ -36,7 +37,7 @@ class Batch:
     refused: Sequence[Rejection] = ()
     versions: Sequence[Version] = ()
     partial: frozenset[int] = frozenset()
-    read: bool = False
+    reads: Reads | None = None
 
 
 class Buffer:
@@ -123,19 +124,30 @@ class Buffer:
         return None
 
     def _slice(self, reads: Reads, rows: int) -> Batch:
-        events, size = reads.slice(rows)
+        def hurried() -> bool:  # of the thread that takes, so what waits now waits as long
+            return bool(self._batches) and self._blocking(self._batches[0]) is None
+
+        events, size = reads.slice(rows, hurried)
+        return Batch(None, events, size, reads=reads)
+
+    def left(self, batch: Batch) -> None:
+        """A slice is durable, as far as it went; the last of its reads has the ticket from now on."""
+        reads = batch.reads
+        if reads is None:
+            return
+        if isinstance(batch.events, Slice):
+            batch.size -= reads.back(batch.events)
         with self._condition:
             self._reads.remove(reads)
             if not reads.ended:
                 self._reads.append(reads)  # behind those of other tables
         if reads.ended:
-            return Batch(reads.ticket, events, size, versions=reads.versions, read=True)
-        return Batch(None, events, size, read=True)
+            batch.ticket, batch.versions = reads.ticket, reads.versions
 
     def settle(self, batch: Batch) -> None:
         """Free the room of a batch that was taken: only when it is durable does its memory count as free."""
         with self._condition:
-            if batch.read:
+            if batch.reads:
                 self._read_bytes -= batch.size
             self._account(batch, -1)
 
@@ -146,7 +158,7 @@ class Buffer:
             self._condition.notify()
 
     def _account(self, batch: Batch, sign: int) -> None:
-        if not batch.read:
+        if not batch.reads:
             self._bytes += sign * batch.size
             self._events += sign * (len(batch.events) + len(batch.refused))
         self._metrics.buffered_bytes.set(self._bytes + self._read_bytes)

@@ -101,6 +101,14 @@ class Publisher:
         group = _GROUP * _PACKED if self._packing else _GROUP
         return max(group, 2 * limits.entries * limits.in_flight) if self._flight else group
 
+    @property
+    def lines(self) -> int:
+        """How many rows of a snapshot to give to `publish` at once while nothing else waits; 0: not many.
+
+        They are written line by line, so they take no more memory than few, and whatever comes ends them early.
+        """
+        return 0 if self._flight or self._packing or self._kind is not Event else self._sink.limits.lines
+
     def close(self) -> None:
         """End the threads that wait for the sink. The sink itself is closed by whoever opened it."""
         if self._flight:
@@ -109,7 +117,7 @@ class Publisher:
     def _requests(self, events: Sequence[Event]) -> Iterator[Sequence[Event]]:
         """Cut `events` into requests within the sink's limits; what fits into none goes to the dead letters."""
         limits = self._sink.limits
-        if isinstance(events, Lines) and len(events) <= limits.entries and events.weight <= limits.batch_bytes:
+        if isinstance(events, Lines) and len(events) <= limits.lines:
             yield events
             return
         sizes = list(map(self._sink.size, events))
@@ -250,19 +258,24 @@ class Publish:
     def run(self, _stop: threading.Event) -> None:
         """Until the capture loop has closed the buffer and it is empty: a soft stop drains."""
         try:
-            while batches := self._buffer.take(self._publisher.group, self._reads.rows):
+            while batches := self._buffer.take(self._publisher.group, self._rows()):
                 for refused, group in groupby(batches, lambda batch: bool(batch.refused)):
                     self._deliver(list(group), refused=refused)
         finally:
             self._buffer.abandoned = True
             self._source.wake()
 
+    def _rows(self) -> int:
+        """Of a slice. A sink that writes lines makes as many as there are durable at once: that has its price."""
+        lines = 0 if self._standard or self._reads.flows else self._publisher.lines
+        return lines or self._reads.rows
+
     def _deliver(self, batches: Sequence[Batch], *, refused: bool) -> None:
         if refused:
             for batch in batches:
                 self._publisher.bury(batch.refused, attempts=0)
         else:
-            read = batches[0].read  # then it is alone
+            read = batches[0].reads is not None  # then it is alone
             events = batches[0].events if read else [event for batch in batches for event in batch.events]
             if events and self._standard:
                 events = self._standard.admit(events)
@@ -270,6 +283,8 @@ class Publish:
                 began = time.monotonic()
                 self._publisher.publish(events)
                 self._reads.took(len(events), time.monotonic() - began, read=read)
+            if read:
+                self._buffer.left(batches[0])
             if events and not read:  # a read is as old as its chunk, which is no lag
                 age = (datetime.now(UTC) - events[-1].time).total_seconds()
                 self._metrics.lag_seconds.set(max(0.0, age))

@@ -54,6 +54,7 @@ class Limits:
     ordered      a consumer can read the events of one key in the order in which they were published
     dedup        seconds in which the service drops an event that comes again; 0: it does not, inf: for ever
     in_flight    most requests that may wait for the service's answer at once; 1: `Sink.publish` is called by one thread
+    lines        most entries of a request that is `event.Lines`, whose bytes are no matter; 0: it is as any other
     """
 
     entries: int
@@ -63,6 +64,7 @@ class Limits:
     ordered: bool = True
     dedup: float = 0.0
     in_flight: int = 1
+    lines: int = 0
 
 
 class Sink(Protocol):

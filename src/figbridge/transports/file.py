@@ -25,7 +25,7 @@ _BLOCK = 64 * 1024  # bytes read at once when looking for the last newline
 # how each of our lines begins, by format
 _HEADS: Final = (b'{"version":"0","id":', b'{"specversion":"1.0","id":', b'{"figbridge":{"id":', b'{"id":')
 # The file does not care how long a line is; what groups writes is how much memory and how many fsyncs they cost.
-_LIMITS: Final = Limits(entries=10_000, entry_bytes=1 << 31, batch_bytes=16 * 1024 * 1024, partial=False)
+_LIMITS: Final = Limits(entries=10_000, entry_bytes=1 << 31, batch_bytes=16 * 1024 * 1024, partial=False, lines=100_000)
 _AHEAD = 1024 * 1024  # bytes that are written before the disk is told to begin
 _FRAME = 256  # bytes of a line beside its detail, more or less
 

@@ -126,6 +126,12 @@ def key_rows(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
     return key_chunk(plan, _listed([column.name for column in plan.relation.columns]), cursor, None, most)
 
 
+def key_count(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
+    """How many rows `key_rows` has."""
+    rows = key_chunk(plan, sql.SQL(""), cursor, None, most)
+    return sql.SQL("SELECT pg_catalog.count(*) FROM ({}) AS a").format(rows)
+
+
 def rows_chunk(
     plan: Plan, columns: sql.Composable, keys: Sequence[Sequence[str]], condition: str | None
 ) -> sql.Composed:

@@ -60,17 +60,15 @@ class _Opened:
         return stretch, size
 
     def parts(self, begin: int, count: int) -> Iterator[tuple[Iterator[Values], int]]:
-        """The rows from `begin` on, some at a time; each part is to be consumed before the next."""
+        """The rows from `begin` on, some at a time; each part is to be consumed whole before anything else is asked."""
         values, own = self._values, begin == self._at
         if not own:
             values = islice(self._layout.rows(self._text), begin, None)
-        else:
-            self._at = -1  # until all are consumed
         for first in range(0, count, _PART):
             rows = min(_PART, count - first)
+            if own:
+                self._at += rows
             yield islice(values, rows), rows
-        if own:
-            self._at = begin + count
 
 
 class _Stretch(NamedTuple):
@@ -84,30 +82,47 @@ class _Stretch(NamedTuple):
         """See `_Opened.parts`."""
         return self.opened.parts(self.begin, self.rows)
 
+    def cut(self, rows: int) -> tuple["_Stretch", "_Stretch"]:
+        """The first of its rows, and the others."""
+        return self._replace(rows=rows), self._replace(begin=self.begin + rows, rows=self.rows - rows)
 
-class _Chosen(NamedTuple):
+
+class _Chosen:
     """Rows of which some have gone."""
 
-    rows: Sequence[Values]
+    def __init__(self, chosen: Sequence[Values]) -> None:
+        self._chosen, self.rows = chosen, len(chosen)
 
     def parts(self) -> Iterator[tuple[Iterable[Values], int]]:
         """As `_Stretch.parts`."""
-        yield self.rows, len(self.rows)
+        for first in range(0, self.rows, _PART):
+            part = self._chosen[first : first + _PART]
+            yield part, len(part)
+
+    def cut(self, rows: int) -> tuple["_Chosen", "_Chosen"]:
+        """As `_Stretch.cut`."""
+        return _Chosen(self._chosen[:rows]), _Chosen(self._chosen[rows:])
 
 
 class Slice(Lines):
-    """Events of some rows, made when they are asked for."""
+    """Events of some rows, made when they are asked for.
+
+    `lines` ends early when it is `hurried`. When it has failed and comes again, it may end elsewhere.
+    """
 
     def __init__(
         self,
         layout: Layout,
         stretches: Sequence[_Stretch | _Chosen],
-        rows: int,
         size: int,
         about: tuple[str, Stamp, int],
+        hurried: Callable[[], bool],
     ) -> None:
-        self._layout, self._stretches, self._rows, self._about = layout, stretches, rows, about
-        self.weight = 2 * size + _FRAME * rows
+        self._layout, self._about, self._hurried = layout, about, hurried
+        self._stretches = stretches
+        self._all = self._rows = sum(it.rows for it in stretches)
+        self._size = size
+        self.weight = 2 * size + _FRAME * self._rows
         self._events: list[Event] | None = None
 
     def __len__(self) -> int:
@@ -115,7 +130,8 @@ class Slice(Lines):
 
     def __iter__(self) -> Iterator[Event]:
         if self._events is None:
-            self._events = [event for events in self._made(self._layout.events) for event in events]
+            self._rows = self._all
+            self._events = [event for events, _ in self._made(self._layout.events) for event in events]
         return iter(self._events)
 
     @overload
@@ -127,13 +143,27 @@ class Slice(Lines):
 
     def lines(self) -> Iterator[bytes]:
         """See `Lines`."""
-        return self._made(self._layout.lines)
+        self._rows = 0
+        for lines, count in self._made(self._layout.lines):
+            self._rows += count
+            yield lines
+            if self._hurried():
+                return
 
-    def _made(self, make: Callable[[Iterable[Values], str, Stamp, int], T]) -> Iterator[T]:
+    def rest(self) -> tuple[list[_Stretch | _Chosen], int]:
+        """The rows that it has ended before, and their size."""
+        left, rest = self._rows, list[_Stretch | _Chosen]()
+        for stretch in self._stretches:
+            if left < stretch.rows:
+                rest.append(stretch.cut(left)[1] if left else stretch)
+            left = max(0, left - stretch.rows)
+        return rest, self._size * (self._all - self._rows) // max(1, self._all)
+
+    def _made(self, make: Callable[[Iterable[Values], str, Stamp, int], T]) -> Iterator[tuple[T, int]]:
         identity, stamp, ordinal = self._about
         for stretch in self._stretches:
             for rows, count in stretch.parts():
-                yield make(rows, identity, stamp, ordinal)
+                yield make(rows, identity, stamp, ordinal), count
                 ordinal += count
 
 
@@ -146,6 +176,8 @@ class Reads:
     def __init__(self, window: "Window", stamp: Stamp, ticket: Ticket, versions: Sequence[Version] = ()) -> None:
         self.table, self.ticket, self.versions = window.layout.table.relation.oid, ticket, versions
         self.left, self.behind = 0, 0  # behind: how many batches of the stream go before it
+        self._rest: list[_Stretch | _Chosen] = []  # of a slice that ended early
+        self._rest_size = 0
         self._layout, self._identity, self._stamp = window.layout, window.identity, stamp
         self._blocks, self._touched = list(reversed(window.offered)), window.touched
         self._opened: _Opened | None = None
@@ -153,7 +185,8 @@ class Reads:
     @property
     def size(self) -> int:
         """Bytes of what has not left yet."""
-        return sum([block.size for block in self._blocks]) + (self._opened.size if self._opened else 0)
+        opened = self._opened.size if self._opened else 0
+        return sum([block.size for block in self._blocks]) + opened + self._rest_size
 
     @property
     def whole(self) -> bool:
@@ -165,25 +198,46 @@ class Reads:
         self._touched.update([event.key for event in events])
         self._touched.update([event.old_key for event in events if event.old_key is not None])
 
-    def slice(self, rows: int) -> tuple[Slice, int]:
-        """The next, of at most `rows` rows, and its size as `size` has counted it."""
+    def slice(self, rows: int, hurried: Callable[[], bool] = lambda: False) -> tuple[Slice, int]:
+        """The next, of at most `rows` rows, and its size as `size` has counted it. See `Slice`, and `back`."""
         found: list[_Stretch | _Chosen] = []
         count = size = 0
         while count < rows and not self.ended:
-            if self._opened is None:
-                self._opened = _Opened(self._blocks.pop(), self._layout)
-            stretch, bytes_ = self._opened.part(rows - count)
+            stretch, bytes_ = self._next(rows - count)
             found.append(stretch)
             count += stretch.rows
             size += bytes_
-            if self._opened.given == self._opened.rows:
-                self._opened = None
         if self._touched and count:
             found = [self._untouched(found)]
-            count = sum(len(it.rows) for it in found if isinstance(it, _Chosen))
-        about = self._identity, self._stamp, self.left
-        self.left += count
-        return Slice(self._layout, found, count, size, about), size
+        made = Slice(self._layout, found, size, (self._identity, self._stamp, self.left), hurried)
+        self.left += len(made)
+        return made, size
+
+    def back(self, ended: Slice) -> int:
+        """Take back what the last slice has ended before: its size."""
+        rest, size = ended.rest()
+        self.left -= sum(it.rows for it in rest)
+        self._rest = rest + self._rest
+        self._rest_size += size
+        return size
+
+    def _next(self, most: int) -> tuple[_Stretch | _Chosen, int]:
+        """Neighbouring rows, at most so many, and their share of the bytes."""
+        if self._rest:
+            stretch = self._rest.pop(0)
+            if stretch.rows > most:
+                stretch, other = stretch.cut(most)
+                self._rest.insert(0, other)
+            rows = stretch.rows + sum(it.rows for it in self._rest)
+            size = self._rest_size * stretch.rows // max(1, rows)
+            self._rest_size -= size
+            return stretch, size
+        if self._opened is None:
+            self._opened = _Opened(self._blocks.pop(), self._layout)
+        stretch, size = self._opened.part(most)
+        if self._opened.given == self._opened.rows:
+            self._opened = None
+        return stretch, size
 
     def _untouched(self, stretches: Sequence[_Stretch | _Chosen]) -> _Chosen:
         rows = [row for stretch in stretches for part, _ in stretch.parts() for row in part]
@@ -195,7 +249,7 @@ class Reads:
     @property
     def ended(self) -> bool:
         """Whether all has been given away."""
-        return not self._blocks and self._opened is None
+        return not (self._blocks or self._opened or self._rest)
 
 
 class Share:
