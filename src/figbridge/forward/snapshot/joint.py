@@ -60,6 +60,7 @@ _SHORT: Final = {
     _built_in[name].oid
     for name in ("bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz", "date", "uuid")
 }
+_DIGITS: Final = {_built_in[name].oid for name in ("bool", "int2", "int4", "int8", "float4", "float8", "numeric")}
 _BOOLEAN: Final = "CASE WHEN {it} THEN 'true' WHEN NOT {it} THEN 'false' ELSE 'null' END"
 # encoder → the text, and how the value gets into it: as it is when it cannot be NULL, and else
 _WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
@@ -128,6 +129,12 @@ class Joint:
         self._columns, self._ways = table.relation.columns, ways
         self._groups = [group for group, _, _ in ways]
         self._counts = [self._groups.count(group) for group in (_PLAIN, _TEXT, _TIME)]
+        # whose values may have a separator in them: no time has, and no number
+        self._doubtful = {
+            group
+            for column, group in zip(self._columns, self._groups, strict=True)
+            if group == _TEXT or (group == _PLAIN and column.type_oid not in _DIGITS)
+        }
 
     def around(self, never_null: Collection[str]) -> tuple[sql.Composed, sql.Composed]:
         """What stands before and behind a SELECT of the columns in the statement that joins its rows.
@@ -177,9 +184,10 @@ class Joint:
             if _MOMENT_THERE in time:
                 time = time.replace(b'"%b+00:00"' % _MOMENT_THERE, b"null").replace(b'"%b"' % _MOMENT_THERE, b"null")
         found = plain, text, time
-        counted = [it.count(_SEPARATOR) + 1 for it in found]
-        wanted = [count * rows or 1 for count in self._counts]
-        return found if counted == wanted else None
+        for group in self._doubtful:
+            if found[group].count(_SEPARATOR) + 1 != self._counts[group] * rows:
+                return None
+        return found
 
     def rows(self, block: tuple[bytes, ...]) -> Iterator[Values]:
         """The rows of a block."""
@@ -191,7 +199,10 @@ class Joint:
         tails = []
         for text, count, between in zip(texts, self._counts, _BETWEEN, strict=True):
             own = between.replace(r"\x7f", "\x7f").encode()
-            tails.append(own.join(text.rsplit(own, count)[-count:]) if count else b"")
+            values = text[-_PART:].rsplit(own, count)
+            if len(values) <= count:
+                values = text.rsplit(own, count)
+            tails.append(own.join(values[-count:]) if count else b"")
         found = self.block(1, tails)
         return None if found is None else next(self.rows(found))
 

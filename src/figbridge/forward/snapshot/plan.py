@@ -14,7 +14,7 @@ What is published is read from the catalogues, not from ``pg_publication_tables`
 of the publication (pg_get_publication_tables), so somebody's long ALTER TABLE of one would stop the snapshots of all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -121,13 +121,25 @@ def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
     return {"columns": list(plan.key), "key": list(key)}
 
 
-def key_rows(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
-    """The same without a condition, of all columns."""
-    return key_chunk(plan, _listed([column.name for column in plan.relation.columns]), cursor, None, most)
+def key_rows(plan: Plan, connection: psycopg.Connection) -> Callable[[Cursor | None, int], bytes]:
+    """The same of all columns, without a condition and for a table without a filter, again and again.
+
+    What is always the same is composed once: that takes half a millisecond.
+    """
+    columns = _listed([column.name for column in plan.relation.columns])
+    select = _select(columns, sql.SQL(plan.quoted), []).as_bytes(connection)
+    where = sql.SQL(" WHERE ({}) > (").format(_listed(plan.key)).as_bytes(connection)
+    order = sql.SQL(" ORDER BY {} LIMIT ").format(_listed(plan.key)).as_bytes(connection)
+
+    def statement(cursor: Cursor | None, most: int) -> bytes:
+        behind = where + _literals(plan, cursor["key"]).as_bytes(connection) + b")" if cursor else b""
+        return b"%b%b%b%d" % (select, behind, order, most)
+
+    return statement
 
 
 def key_count(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
-    """How many rows `key_rows` has."""
+    """How many rows the statement of `key_rows` has."""
     rows = key_chunk(plan, sql.SQL(""), cursor, None, most)
     return sql.SQL("SELECT pg_catalog.count(*) FROM ({}) AS a").format(rows)
 
