@@ -16,6 +16,7 @@ def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
     legacy.fill([], rows, 100_000)
     legacy.execute(resources.files("figbridge").joinpath("schema.sql").read_text())
     legacy.execute("VACUUM ANALYZE orders")
+    legacy.settle()
     what = f"a table of {rows:,} rows"
     peer, ours, resident = [], [], list[int]()
     for run, slot in enumerate(slots[:-1]):
@@ -33,5 +34,6 @@ def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
     say(f"latency beside a snapshot, for {size.latency_seconds} s")
     legacy.execute("SELECT setval('order_ids', %s)", [rows + 1])
     legacy.slot(slots[-1])
+    legacy.settle()
     with Bridge(legacy.dsn, slots[-1], Load(timed=True, snapshot=True)) as bridge:
         report.beside = pgbench(legacy, slots[-1], bridge, size)
