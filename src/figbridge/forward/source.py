@@ -1,4 +1,4 @@
-"""The replication connection: COPY BOTH over psycopg, and the only file that knows psycopg.pq.
+"""The replication connection: COPY BOTH over psycopg.
 
 psycopg enters COPY BOTH with an ordinary ``execute`` since 3.3 but offers nothing beyond, so the conversation after it
 is held on the `pgconn` itself: non-blocking reads, status updates, one thread.
