@@ -129,12 +129,10 @@ class Rejection:
 
 
 class Lines(Sequence[Event]):
-    """Events that can say their envelopes for less than one by one. `weight` is about what those have, in bytes.
+    """Events that can say their envelopes for less than one by one.
 
     `lines` may end early, because others wait: then that is all, and the length says so.
     """
-
-    weight: int
 
     @abstractmethod
     def lines(self) -> Iterable[bytes]:

@@ -1,11 +1,13 @@
 """The file sink: the suite, and what a crash, a full disk and a second writer do to a file."""
 
+import errno
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from conformance.events import event, number
 from conformance.sink_suite import SinkFeatures, SinkHarness, SinkSuite
 from figbridge.errors import SinkRefused, SinkUnavailable
 from figbridge.event import Lines
+from figbridge.transports import file
 from figbridge.transports.file import FileSink
 
 
@@ -89,7 +92,6 @@ class Parts(Lines):
 
     def __init__(self, count: int) -> None:
         self.parts = [(event(number).envelope() + b"\n") * 2000 for number in range(count)]
-        self.weight = sum(map(len, self.parts))
 
     def __len__(self) -> int:
         return 2000 * len(self.parts)
@@ -102,11 +104,31 @@ class Parts(Lines):
 
 
 def test_lines_that_come_in_parts(path: Path) -> None:
-    parts = Parts(6)
+    parts = Parts(30)
     with opened(path) as sink:
         sink.publish([event(1)])
         sink.publish(parts)
-    assert parts.weight > 2 * 1024 * 1024  # the disk is told to begin before all are there
+    assert sum(map(len, parts.parts)) > 2 * file._AHEAD, "some are made durable before all are there"
+    assert path.read_bytes() == LINE + b"".join(parts.parts)
+
+
+def test_an_error_of_the_disk_beside_the_writing_is_not_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells of it once: the sync at the end succeeds."""
+    parts, sync = Parts(30), file._sync
+
+    def broken(fd: int) -> None:
+        if threading.current_thread().name.startswith("file-sync"):
+            raise OSError(errno.EIO, "Input/output error")
+        sync(fd)
+
+    with opened(path) as sink:
+        sink.publish([event(1)])
+        with monkeypatch.context() as patch:
+            patch.setattr(file, "_sync", broken)
+            with pytest.raises(SinkUnavailable):
+                sink.publish(parts)
+        assert path.read_bytes() == LINE
+        sink.publish(parts)
     assert path.read_bytes() == LINE + b"".join(parts.parts)
 
 
@@ -223,8 +245,10 @@ def test_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
 
 _WRITER = """
 import sys
+import threading
 from pathlib import Path
 from conformance.events import event
+from figbridge.transports import file
 from figbridge.transports.file import FileSink
 sink = FileSink(Path(sys.argv[1]))
 n = int(sys.argv[2])

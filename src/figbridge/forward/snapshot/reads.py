@@ -27,7 +27,6 @@ _FEWEST, _MOST = 500, 10_000  # rows that leave at once
 _BRIEF, _LONG = 0.001, 0.050  # seconds that they may take: while the stream flows, and while it has rested
 _RESTS: Final = 1.0  # seconds without an event
 _PART: Final = 500  # rows that become lines at once; what has no room in a cache costs more
-_FRAME: Final = 700  # bytes, about, of an envelope beside its values, and the names of ten columns or so
 
 
 class Block(NamedTuple):
@@ -122,7 +121,6 @@ class Slice(Lines):
         self._stretches = stretches
         self._all = self._rows = sum(it.rows for it in stretches)
         self._size = size
-        self.weight = 2 * size + _FRAME * self._rows
         self._events: list[Event] | None = None
 
     def __len__(self) -> int:
