@@ -32,7 +32,7 @@ _STRIDE = 1_000  # passed-over events after which the frontier is written althou
 # SQLite tells nobody in another process that something was committed, and a file watch would miss a WAL that is
 # written in place. `PRAGMA data_version` says in microseconds, without reading a table, whether another connection
 # committed: https://www.sqlite.org/pragma.html#pragma_data_version
-_POLL = 0.02  # seconds between two looks
+_POLL = 0.005  # seconds between two looks
 _SPAN: Final = "FROM delivery WHERE subscriber = ? AND seq BETWEEN ? AND ?"
 
 
