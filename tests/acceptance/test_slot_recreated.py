@@ -52,7 +52,7 @@ def test_a_slot_that_is_dropped_while_the_bridge_is_down(each_database: Database
         bridge.start()
         bridge.until_ready()
         assert bridge.metric(RECREATED) == 1
-        scene.gap(5)
+        scene.gap(5, beside=True)
         finish(scene)
     started, finished = scene.backfills()
     assert (started["op"], finished["op"]) == ("backfill.started", "backfill.finished")
