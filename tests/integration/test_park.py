@@ -24,7 +24,8 @@ from figbridge.reverse.purge import conflicts, inbox, purge
 from figbridge.transports.local import LocalSink, LocalSource
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.reverse import COLUMNS, count, make_shop, mapping, orders, work
+from fixtures.reverse import COLUMNS, body, count, make_shop, mapping, orders, work
+from fixtures.scripted import ScriptedSource
 
 SECTIONS: list[dict[str, Any]] = [
     {
@@ -160,6 +161,21 @@ def test_the_key_of_a_parked_event_cannot_be_used_for_another_payload(shop: Data
     bridge.until(dead_letter=1)
     assert shop.execute("SELECT reason, event_id FROM figbridge.dead_letter") == [("key_reuse", "3")]
     assert shop.execute("SELECT event_id FROM figbridge.parked") == [("1",)]
+
+
+def test_what_waits_is_not_overtaken_by_the_next_transaction_of_what_was_received_with_it(shop: Database) -> None:
+    bodies = [body("1", id=1, customer=7, status="a"), body("2", id=1, status="b"), body("3", id=2, status="free")]
+    stop = threading.Event()
+    Consumer(
+        ScriptedSource(bodies, stop), Mappings([mapping().section]),
+        Applier(shop.dsn, statement_timeout=5, lock_timeout=0.2), TableDeadLetterStore(shop.dsn), Metrics(),
+        park_timeout=60, batch_size=1,
+    ).run(stop)  # fmt: skip
+    assert orders(shop) == [(2, "free")]
+    assert shop.execute("SELECT event_id, reason FROM figbridge.parked ORDER BY place") == [
+        ("1", "23503"),
+        ("2", "row_waits"),
+    ]
 
 
 def test_a_key_that_nothing_can_hold_is_no_end_of_the_bridge(shop: Database, bridge: Bridge) -> None:

@@ -119,6 +119,7 @@ class Applier:
         hopeful: bool = True,
         parcel: express.Parcel | None = None,
         following: Callable[[], express.Parcel | None] = lambda: None,
+        before: dict[Work, Applied] | None = None,
     ) -> dict[Work, Applied]:
         """Apply `works`, in their order for each entity; what became of each.
 
@@ -130,9 +131,10 @@ class Applier:
         `may_commit` is called before each COMMIT; what it raises rolls back instead. `hopeful`: none of them has come
         before, as far as anybody knows. `parcel` is of `parcel`, for about these works. `following` is asked at COMMIT
         for the parcel that the next call will have, if it is known by then: the server begins with it at once.
+        `before` are the outcomes of earlier events that are not parked yet: what waits there is not overtaken here.
         """
         self._may_commit, self._following = may_commit, following
-        outcomes: dict[Work, Applied] = {}
+        outcomes = dict(before) if before else {}
         batches = [works] if parcel and parcel.works == works else _without_repeated_keys(works)
         for batch in batches:
             if not (hopeful and self._express(batch, outcomes, parcel)):

@@ -228,6 +228,7 @@ class Consumer:
         def count(_error: BridgeError) -> None:
             self._metrics.outcomes.labels(Outcome.RETRY.value).inc()
 
+        before: dict[Work, Applied] = {}  # what waits of these parts: it is parked when all of them are done
         held_up = False
         for part in parts:
 
@@ -247,6 +248,7 @@ class Consumer:
                                 hopeful=part.first,
                                 parcel=part.parcel,
                                 following=lambda: part.behind,
+                                before=before,
                             )
                     except _Lost:
                         pass  # rolled back; without those that are not ours any more
@@ -254,6 +256,8 @@ class Consumer:
             outcomes = persist(once, what="apply", stop=stop, on_retry=count)
             for item, work in zip(part.items, part.works, strict=True):
                 item.applied = outcomes.get(work)
+                if item.applied is not DONE and item.applied and item.applied.outcome is Outcome.RETRY:
+                    before[work] = item.applied
             held_up |= self._holds_up(outcomes.values())
         return held_up
 
