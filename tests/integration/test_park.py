@@ -201,6 +201,20 @@ def test_what_waits_in_vain_is_given_up_and_what_is_behind_it_gets_its_turn(shop
     assert "in vain" in letter[2]
 
 
+def test_what_only_waited_for_its_turn_is_tried_before_it_is_given_up(shop: Database, tmp_path: Path) -> None:
+    """It was parked as early as what it waited for, and would be overdue with it."""
+    with Bridge(shop, tmp_path / "bus.sqlite", park_timeout=60) as bridge:
+        bridge.send("1", "order", id=1, customer=404, status="a")
+        bridge.send("2", "order", id=1, status="b")
+        bridge.send("3", "order", id=1, customer=405, status="c")
+        bridge.until(retried=3)
+        shop.execute("UPDATE figbridge.parked SET parked_at = now() - interval '1 hour'")
+        bridge.until(applied=1, dead_letter=2)
+    assert orders(shop) == [(1, "b")]
+    letters = shop.execute("SELECT event_id, reason FROM figbridge.dead_letter ORDER BY event_id")
+    assert letters == [("1", "23503"), ("3", "23503")]
+
+
 def test_a_mapping_whose_column_goes_fails_alone_and_comes_back(shop: Database, bridge: Bridge) -> None:
     bridge.send("1", "order", id=1, status="a")
     bridge.until(applied=1)

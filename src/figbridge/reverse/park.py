@@ -11,6 +11,8 @@ for each table that is waited for asks which rows have come, whoever wrote them.
 Invariant: among parked events of an entity the first goes first. One that brings the row need not wait for those that
 wait for just that row, so nothing waits in a circle.
 
+An event whose turn has only just come is tried before it is called overdue: it has waited for others, not in vain.
+
 A parked event that was applied and not yet removed when a process died is handed out again, and is a duplicate then.
 """
 
@@ -50,7 +52,8 @@ _REMOVE: Final = """
     WHERE p.source = r.source AND p.idempotency_key = r.key
 """
 _FREE: Final = sql.SQL("""
-    SELECT p.source, p.idempotency_key, p.body, p.attempts, p.reason, p.message, {overdue} AS overdue
+    SELECT p.source, p.idempotency_key, p.body, p.attempts, p.reason, p.message,
+           {overdue} AND p.reason <> {its_turn} AS overdue
     FROM figbridge.parked p
     WHERE {condition} AND NOT EXISTS (
         SELECT FROM figbridge.parked e WHERE e.scope = p.scope AND e.identity = p.identity AND e.place < p.place
@@ -166,7 +169,9 @@ class Park:
 
     def _free(self, connection: psycopg.Connection, condition: sql.Composable) -> list[Parked]:
         overdue = _OVERDUE.format(seconds=sql.Literal(self._timeout))
-        query = _FREE.format(overdue=overdue, condition=condition, most=sql.Literal(_MOST))
+        query = _FREE.format(
+            overdue=overdue, its_turn=sql.Literal(ROW_WAITS), condition=condition, most=sql.Literal(_MOST)
+        )
         return [Parked(*row) for row in connection.execute(query)]
 
 
