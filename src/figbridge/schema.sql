@@ -32,7 +32,7 @@ CREATE TABLE IF NOT EXISTS figbridge.entity_version (
 ) WITH (fillfactor = 80);  -- an update finds room beside its row and touches no index
 
 -- Events that wait for a row: their own or their parent. Acknowledged at the queue, so they must be safe here. Later
--- events of the same entity wait behind them.
+-- events of the same entity wait behind them, and of the same message group where reverse.order says so.
 CREATE TABLE IF NOT EXISTS figbridge.parked (
     source          text        NOT NULL,
     idempotency_key text        NOT NULL,
@@ -52,9 +52,12 @@ CREATE TABLE IF NOT EXISTS figbridge.parked (
     place           bigint      GENERATED ALWAYS AS IDENTITY,
     parked_at       timestamptz NOT NULL DEFAULT now(),
     due_at          timestamptz NOT NULL DEFAULT now(),
+    message_group   text,                  -- queue and group whose order is kept; null: only the entity's
     PRIMARY KEY (source, idempotency_key)
 );
+ALTER TABLE figbridge.parked ADD COLUMN IF NOT EXISTS message_group text;  -- where an older figbridge made it
 CREATE INDEX IF NOT EXISTS parked_entity ON figbridge.parked (scope, identity, place);
+CREATE INDEX IF NOT EXISTS parked_group ON figbridge.parked (message_group, place) WHERE message_group IS NOT NULL;
 
 -- What an event expected to find and did not, and who won: written in the transaction of the decision. Open ones wait for
 -- `figbridge conflicts resolve` and are kept until then; the others are purged with age. Only where a mapping has rules

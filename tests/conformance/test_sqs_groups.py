@@ -1,9 +1,9 @@
 """A FIFO queue before a running consumer: what fails holds up its own, in order, and the other groups go on."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import psycopg
 import pytest
@@ -14,30 +14,31 @@ from figbridge.deadletter import TableDeadLetterStore
 from figbridge.metrics import Metrics
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.consume import Consumer
-from figbridge.reverse.mapping import Mappings
+from figbridge.reverse.mapping import Mapping, Mappings
 from figbridge.transports.sqs import SqsSource
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.reverse import body, count, make_shop, mapping
-
-HISTORY = """
-    CREATE TABLE shop.history (place serial, id bigint, status text);
-    CREATE FUNCTION shop.note() RETURNS trigger LANGUAGE plpgsql AS
-        'BEGIN INSERT INTO shop.history (id, status) VALUES (NEW.id, NEW.status); RETURN NULL; END';
-    CREATE TRIGGER note AFTER INSERT OR UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.note();
-"""
+from fixtures.reverse import HISTORY, body, count, make_shop, mapping
 
 
 class Running:
     """A consumer in a thread. What it holds is nobody else's for ten minutes, unless it gives it back."""
 
-    def __init__(self, database: Database, queue: Queue, *, lock_timeout: float = 0.2) -> None:
+    def __init__(
+        self,
+        database: Database,
+        queue: Queue,
+        *,
+        lock_timeout: float = 0.2,
+        order: Literal["entity", "group"] = "entity",
+        mappings: Sequence[Mapping] | None = None,
+    ) -> None:
         self.metrics, self._stop, self.failure = Metrics(), threading.Event(), list[BaseException]()
         source = SqsSource(section(queue.url, queue.endpoint, **{"visibility-timeout": 600}))
         self._consumer = Consumer(
-            source, Mappings([mapping().section]),
+            source, Mappings([it.section for it in mappings or [mapping()]]),
             Applier(database.dsn, statement_timeout=60, lock_timeout=lock_timeout),
-            TableDeadLetterStore(database.dsn), self.metrics, park_timeout=600,
+            TableDeadLetterStore(database.dsn), self.metrics, park_timeout=600, order=order,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._run, daemon=True)
 

@@ -12,7 +12,7 @@ from figbridge.errors import ConfigError
 from figbridge.functions import reverse as function
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.reverse import count, make_shop, orders
+from fixtures.reverse import HISTORY, count, make_shop, orders
 
 QUEUE = "https://sqs.eu-west-1.amazonaws.com/123456789012/reverse"
 MAPPING = {
@@ -132,6 +132,39 @@ def test_what_is_poison_or_has_to_wait_is_no_failure(shop: Database) -> None:
     assert function.handler(scheduled, Context()) == {"batchItemFailures": []}
     assert orders(shop) == [(2, None), (3, None)]
     assert shop.execute("SELECT idempotency_key FROM figbridge.inbox") == [("child",)]
+
+
+@pytest.mark.parametrize(
+    ("order", "at_once", "in_the_end"),
+    [
+        ("group", [(3, "b")], [(3, "b"), (1, "a"), (2, "a"), (1, "b"), (4, "a")]),
+        ("entity", [(2, "a"), (3, "b"), (4, "a")], [(2, "a"), (3, "b"), (4, "a"), (1, "a"), (1, "b")]),
+    ],
+)
+def test_what_waits_holds_up_its_entity_or_its_group(
+    shop: Database, monkeypatch: pytest.MonkeyPatch, order: str, at_once: list[Any], in_the_end: list[Any]
+) -> None:
+    shop.execute(HISTORY)
+    fifo = {"type": "sqs", "queue_url": f"{QUEUE}.fifo"}
+    monkeypatch.setenv("FIGBRIDGE_CONFIG", configured(shop.dsn, order=order, source=fifo))
+    reload(function)
+
+    def happened() -> list[Any]:
+        return shop.execute("SELECT id, status FROM shop.history ORDER BY place")
+
+    waits = record(envelope("e1", id=1, status="a", customer=7), "ada")
+    other = record(envelope("e2", id=2, status="a"), "ada")
+    assert call(waits, record(envelope("e3", id=3, status="b"), "bob"), other) == []
+    later = [
+        record(envelope("e4", id=1, status="b", customer=7), "ada"),
+        record(envelope("e5", id=4, status="a"), "ada"),
+    ]
+    assert call(*later) == []  # of another invocation, perhaps of another environment
+    assert happened() == at_once
+    shop.execute("INSERT INTO shop.customers VALUES (7, 'x')")
+    assert function.handler({}, Context()) == {"batchItemFailures": []}
+    assert happened() == in_the_end
+    assert count(shop, "figbridge.parked") == 0
 
 
 def test_when_the_database_is_away_all_fail_before_the_time_is_over(

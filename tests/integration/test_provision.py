@@ -237,8 +237,11 @@ def test_init_brings_an_older_schema_up_to_date_and_keeps_its_rows(each_database
     errors = [it for it in preflight.inspect(config, "run") if it.level == "error"]
     assert {it.remedy for it in errors if it.where.startswith("schema")} == {"run `figbridge init`"}
     assert provision.initialise(config) == ["schema figbridge: made entity_version, parked"]
-    each_database.execute("ALTER TABLE figbridge.dead_letter DROP COLUMN statement")
-    assert provision.initialise(config) == ["schema figbridge: brought up to date"]
+    for table, column in ("dead_letter", "statement"), ("parked", "message_group"):
+        each_database.execute(f"ALTER TABLE figbridge.{table} DROP COLUMN {column}")
+        errors = [it for it in preflight.inspect(config, "run") if it.level == "error"]
+        assert [it.remedy for it in errors if it.where.startswith("schema")] == ["run `figbridge init`"]
+        assert provision.initialise(config) == ["schema figbridge: brought up to date"]
     assert provision.initialise(config) == ["schema figbridge: there already"]
     for table in ("inbox", "dead_letter"):
         assert each_database.execute(f"SELECT event_id FROM figbridge.{table}") == [("e",)]

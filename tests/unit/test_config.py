@@ -220,6 +220,20 @@ def test_a_key_is_known_for_longer_than_a_queue_keeps_its_message() -> None:
     parse(reverse(mapping(), **{"inbox-retention": 1}))
 
 
+def test_the_order_of_groups_needs_a_source_that_has_them() -> None:
+    queue = {"type": "sqs", "queue_url": "https://sqs.eu-west-1.amazonaws.com/123456789012/orders"}
+    fifo = {**queue, "queue_url": f"{queue['queue_url']}.fifo"}
+    assert parse(reverse(mapping(), source=fifo)).reverse.order == "entity"  # type: ignore[union-attr]
+    assert parse(reverse(mapping(), source=fifo, order="group")).reverse.order == "group"  # type: ignore[union-attr]
+    standard = problems(reverse(mapping(), source=queue, order="group"))["reverse"]
+    assert "does not end in .fifo" in standard.what
+    assert standard.remedy == "make a FIFO queue, or set order to entity"
+    others: list[dict[str, Any]] = [{"type": "local", "path": "bus"}, {"type": "kinesis", "stream": "orders"}]
+    for source in others:
+        found = problems(reverse(mapping(), source=source, order="group"))["reverse"]
+        assert (f"type {source['type']}" in found.what, found.remedy) == (True, "set order to entity")
+
+
 # --- the kind of sink and source
 
 SINKS = "eventbridge, eventbridge_v2, kinesis, firehose, sqs, sns, file, stdout, local"

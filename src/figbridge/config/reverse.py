@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from figbridge.config.fields import JmesPath, Section
 from figbridge.config.mapping import MappingSection
+from figbridge.config.plugin import PluginSection
 from figbridge.config.transports import ReverseSourceSection, SqsSourceSection
 
 _LONGEST_QUEUE: Final = 14  # days: the most that SQS keeps a message
@@ -72,6 +73,11 @@ class ReverseSection(Section):
     batch_size: int = Field(
         500, alias="batch-size", ge=1, le=10000, description="Most events that are applied in one transaction."
     )
+    order: Literal["entity", "group"] = Field(
+        "entity",
+        description="What an event that has to wait holds up: later events of its entity alone, or with group, of a "
+        "FIFO queue, also all later ones of its message group, which then is applied in the queue's order.",
+    )
     max_hops: int = Field(
         8,
         alias="max-hops",
@@ -86,6 +92,23 @@ class ReverseSection(Section):
     lock_timeout: float = Field(
         2.0, alias="lock-timeout", gt=0, le=86400, description="Seconds we wait for a lock of the legacy application."
     )
+
+    @model_validator(mode="after")
+    def _has_groups(self) -> Self:
+        if self.order == "entity" or isinstance(self.source, PluginSection):
+            return self
+        url = self.source.queue_url if isinstance(self.source, SqsSourceSection) else None
+        if url is None:
+            raise ValueError(
+                f"order: group is for a FIFO queue, and a source of type {self.source.type} has no message groups; set "
+                "order to entity"
+            )
+        if not url.rstrip("/").endswith(".fifo"):  # as the name of every FIFO queue does
+            raise ValueError(
+                "order: group needs a FIFO queue, and the queue's name does not end in .fifo: a standard queue keeps "
+                "no order, not even where its messages have a group; make a FIFO queue, or set order to entity"
+            )
+        return self
 
     @model_validator(mode="after")
     def _outlives_queue(self) -> Self:

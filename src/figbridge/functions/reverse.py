@@ -10,6 +10,7 @@ deliveries instead of a queue, and Lambda deletes, or does not.
 
 FIFO. After the first failure of a message group the rest of that group is in the failures, too, so that SQS hands the
 group out again from there. https://docs.aws.amazon.com/lambda/latest/dg/services-sqs-fifo.html
+What waits in the park is no failure. Which later events wait behind it, ``reverse.order`` says, as for the sidecar.
 
 An event without ``Records``, such as EventBridge Scheduler sends, is for what else the sidecar does by itself: it looks
 into the park and purges old keys. Without a schedule what is parked waits for the next message.
@@ -57,10 +58,11 @@ class _Record:
     def of(cls, record: dict[str, Any]) -> "_Record":
         """Raises KeyError for what is no record of SQS."""
         attributes = record.get("attributes", {})
+        group = attributes.get("MessageGroupId")
         body: str = record["body"]
         return cls(
             record["messageId"],
-            attributes.get("MessageGroupId"),
+            None if group is None else f"{record['eventSourceARN'].rpartition(':')[2]}/{group}",
             body.encode(errors="surrogatepass"),
             int(attributes.get("ApproximateReceiveCount", 1)),
         )

@@ -56,10 +56,12 @@ OWN: Final[Mapping[str, OwnTable]] = {
                 "place",
                 "parked_at",
                 "due_at",
+                "message_group",
             }
         ),
         frozenset({"source", "idempotency_key"}),
         ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        frozenset({"message_group"}),
     ),
     "stream_shard": OwnTable(
         frozenset({"stream", "subscriber", "shard", "parents", "since", "checkpoint", "checkpoint_at", "ended"})

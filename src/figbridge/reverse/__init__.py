@@ -16,7 +16,7 @@ claim.py        the two statements on keys and versions
 transaction.py  one transaction of a batch, step by step; express.py: the same, sent at once, in hope
 wire.py         statements ahead of their answers, for express.py
 guard.py        how a transaction marks itself, where the claim is not enough; touched.py: and what it touches
-apply.py        the batch, and the search for the event that spoils it
+apply.py        the batch, and the search for the event that spoils it; order.py: what may not go because of others
 policy.py       a statement's rules for conflicts: lock the rows, and compare them with what was expected
 verdict.py      who wins
 conflict.py     both of them in the transaction, and the record of it; resolve.py: a person's word on it
@@ -51,8 +51,9 @@ writes neighbours of one shape by one more; and it is the same SQL for one event
 event to blame is alone. Triggers fire for each row, as for any client.
 
 ORDER. Per entity (the row an event is about, or what the mapping names): within a batch by the order of the statements,
-between batches because what waits is parked before the next one begins, between replicas by the version. Other events
-are not held up by anybody.
+between batches because what waits is parked before the next one begins, between replicas by the park and the version.
+Other events are not held up by anybody; but with ``reverse.order: group`` a message group of a FIFO queue is such an
+order, too, and neither is overtaken (`park`).
 
 What it does not do: touch a column that its mapping does not name, or look what it overwrites where no rules say so.
 """

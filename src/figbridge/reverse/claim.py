@@ -15,21 +15,25 @@ from typing import Final
 import psycopg
 
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.outcome import KEY_REUSE, ROW_WAITS, UPDATE_MISSING, Applied, Outcome
+from figbridge.reverse.order import behind
+from figbridge.reverse.outcome import KEY_REUSE, Applied, Outcome
 
 _NONE: Final = "{}"  # the array of a column that is the same for all, or is not needed
 _DIGEST: Final = 32  # bytes of a payload's hash
 # What is about an entity that waits in the park is not claimed: it would overtake. Unless it brings the very row that
-# all of the parked ones wait for. Without entities nothing is claimed while anything waits.
+# all of the parked ones wait for. Nor is what is of a message group that waits there (`park` says why both are asked).
+# Without entities nothing is claimed while anything waits.
 _INSERT: Final = f"""
     INSERT INTO figbridge.inbox (source, idempotency_key, payload_hash, event_id)
     SELECT coalesce(c.source, $1::text), c.key, substr($2::bytea, {_DIGEST} * (c.number::int - 1) + 1, {_DIGEST}),
            coalesce(c.event_id, c.key)
-    FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bool[], $9::bool[]) WITH ORDINALITY
-         AS c (key, source, event_id, scope, identity, again, makes_row, number)
+    FROM unnest($3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bool[], $9::bool[], $10::text[])
+         WITH ORDINALITY AS c (key, source, event_id, scope, identity, again, makes_row, message_group, number)
     WHERE (SELECT NOT EXISTS (SELECT FROM figbridge.parked)) OR c.scope IS NOT NULL AND (c.again OR NOT EXISTS (
         SELECT FROM figbridge.parked p WHERE p.scope = c.scope AND p.identity = c.identity
-                                 AND NOT (c.makes_row AND p.row_missing)))
+                                 AND NOT (c.makes_row AND p.row_missing)) AND NOT EXISTS (
+        SELECT FROM figbridge.parked p WHERE p.message_group = c.message_group AND NOT (
+            c.makes_row AND p.row_missing AND p.scope = c.scope AND p.identity = c.identity)))
     ORDER BY c.source COLLATE "C", c.key COLLATE "C"
 """  # noqa: S608 (constants)
 CLAIM: Final = f"{_INSERT} ON CONFLICT (source, idempotency_key) DO NOTHING RETURNING source, idempotency_key"
@@ -69,12 +73,13 @@ def claims(works: Sequence[Work], *, alone: bool = False) -> list[str | bytes]:
     """The parameters of `CLAIM`. `alone`: nothing waits in the park, as far as is known; or nothing will be claimed."""
     sources, keys = zip(*[work.identity for work in works], strict=True)
     ids = tuple([work.event.id for work in works])
-    entities = [_NONE] * 4
+    entities = [_NONE] * 5
     if not alone:
         entities = [
             *_pairs([work.entity for work in works]),
             _flags([work.again for work in works]),
             _flags([work.mapping.makes_row for work in works]),
+            _groups(works),
         ]
     return [
         sources[0],
@@ -87,7 +92,7 @@ def claims(works: Sequence[Work], *, alone: bool = False) -> list[str | bytes]:
 
 
 def known(connection: psycopg.Connection, works: Sequence[Work]) -> dict[Work, Applied]:
-    """Of works whose keys are not ours: another's, or nobody's because their entity waits."""
+    """Of works whose keys are not ours: another's, or nobody's because their entity or their group waits."""
     asked = _pairs([work.identity for work in works])
     rows = psycopg.RawCursor(connection).execute(_KNOWN, asked).fetchall()
     hashes = {(source, key): bytes(payload_hash) for source, key, payload_hash in rows}
@@ -96,8 +101,7 @@ def known(connection: psycopg.Connection, works: Sequence[Work]) -> dict[Work, A
         entities = _pairs([work.entity for work in waiting])
         rowless = set(psycopg.RawCursor(connection).execute(_ROWLESS, entities).fetchall())
         for work in waiting:
-            reason = UPDATE_MISSING if work.entity in rowless else ROW_WAITS
-            outcomes[work] = Applied(Outcome.RETRY, reason, "an earlier event of the same entity waits")
+            outcomes[work] = behind(work, row_missing=work.entity in rowless)
     return outcomes
 
 
@@ -117,6 +121,11 @@ def versions(works: Sequence[Work]) -> list[str]:
 def _pairs(pairs: Iterable[tuple[str, str]]) -> tuple[str, str]:
     first, second = zip(*pairs, strict=True)
     return _texts(first), _texts(second)
+
+
+def _groups(works: Sequence[Work]) -> str:
+    groups = [work.group for work in works]
+    return _texts([it or "" for it in groups]) if any(groups) else _NONE  # no group is called ""
 
 
 def _texts(texts: Sequence[str]) -> str:

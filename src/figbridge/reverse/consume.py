@@ -11,7 +11,7 @@ Invariant: a delivery is acknowledged only after its transaction committed, or i
 is durable, and only while it is ours: one that the source has lost meanwhile is rolled back before COMMIT
 (`Delivery.lost`), for whoever has it now. Whatever ends the loop in between, the message comes again and finds its key
 or not. A batch is applied only after what waits of the batch before it is parked, so no event overtakes another one of
-its entity.
+its entity, or, where ``reverse.order`` says so, of its message group.
 
 A database or a queue that does not answer is waited for, however long it takes: that says nothing about the event,
 so it is no reason for a dead letter. An exception that nobody foresaw ends the loop and so the bridge, with the
@@ -59,7 +59,8 @@ class Consumer:
 
     `park_timeout` is how many seconds an event may wait for another one, `batch_size` the most events of a transaction,
     `max_hops` the most bridges that an event may have passed, `bare` what makes an envelope where there is none,
-    `unmapped` what becomes of an event that no mapping is for.
+    `unmapped` what becomes of an event that no mapping is for, `order` what events wait in: their entity alone, or also
+    their message group (`Delivery.group`).
     `prepare` is called before the first receive (the loop guard's proof) and may raise Stopped.
     """
 
@@ -78,6 +79,7 @@ class Consumer:
         max_hops: int = 8,
         bare: Enveloping | None = None,
         unmapped: Literal["ignore", "dead-letter"] = "ignore",
+        order: Literal["entity", "group"] = "entity",
         drift: Drift | None = None,
         prepare: Callable[[threading.Event], None] | None = None,
     ) -> None:
@@ -90,6 +92,7 @@ class Consumer:
         self._max_hops = max_hops
         self._bare = bare
         self._unmapped = UNMAPPED if unmapped == "ignore" else NOBODYS
+        self._in_groups = order == "group"
         self._drift = drift
         self._prepare_start = prepare
         self._park = Park(applier.connection, timeout=park_timeout)
@@ -173,6 +176,8 @@ class Consumer:
             if mapping is not None and mapping.broken is None:
                 work = mapping.prepare(event, again=isinstance(delivery, Parked))
                 item.event = work.event
+                if self._in_groups:
+                    work.group = delivery.group
                 if work.hops <= self._max_hops:
                     item.work = work
                 else:

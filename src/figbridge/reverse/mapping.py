@@ -40,6 +40,7 @@ class Work:
     again    it was parked before: nothing that is parked holds it back
     expected of each `Statement`, in their order, what the new system had seen; empty where nobody compares
     document the envelope, for the record of a conflict; None where there can be none
+    group    the message group whose order is kept, beside its entity's; None where only that one's is
 
     Of the event itself only its name is kept: a batch of documents is larger than a processor's cache, and to go
     through it again costs as much as to read the next one.
@@ -56,6 +57,7 @@ class Work:
     again: bool = False
     expected: Sequence[Expected | None] = ()
     document: Document | None = None
+    group: str | None = None
 
     @property
     def key(self) -> str:
@@ -76,6 +78,7 @@ class Work:
             self.again,
             self.expected,
             self.document,
+            self.group,
         )
 
 

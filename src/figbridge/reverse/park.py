@@ -1,7 +1,7 @@
 """The park: events that wait for a row, kept in figbridge.parked until the row is there.
 
     applied in vain (no parent, no row) ──▶ parked, acknowledged at the queue
-    row there? the earlier event of the entity gone? ──▶ handed out again, like a delivery of any source
+    row there? the earlier event of the entity (group) gone? ──▶ handed out again, like a delivery of any source
     park-timeout over ──▶ dead letter
 
 Why a table and not the queue: a queue counts deliveries and gives up after some, blocks a FIFO group, and forgets after
@@ -10,6 +10,13 @@ for each table that is waited for asks which rows have come, whoever wrote them.
 
 Invariant: among parked events of an entity the first goes first. One that brings the row need not wait for those that
 wait for just that row, so nothing waits in a circle.
+
+GROUPS. With ``reverse.order: group`` the same holds for a message group, and for the entity still: an entity may be in
+two groups, and what comes without one (a dead letter applied again, an event parked under another setting) must not
+overtake either. Whoever waits, waits for an earlier place; so there are no circles among places. What can be waited for
+in vain is a row that a later event of the same group brings, behind an event of another entity: then the order that was
+asked for cannot be had. After park-timeout the first becomes a dead letter, and the group goes on. Within one entity
+the exception above holds in a group, too: else each update that came before its row would stop a group of one row.
 
 An event whose turn has only just come is tried before it is called overdue: it has waited for others, not in vain.
 
@@ -37,13 +44,14 @@ _POISON: Final = ("22", "54")  # a character that the encoding has not, a key lo
 
 _ADD: Final = """
     INSERT INTO figbridge.parked AS p (source, idempotency_key, payload_hash, event_id, scope, identity, makes_row,
-        row_missing, awaited_table, awaited_columns, awaited, reason, message, attempts, body, due_at)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 1, $14,
+        row_missing, awaited_table, awaited_columns, awaited, reason, message, attempts, body, message_group, due_at)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, 1, $14, $18,
             now() + CASE WHEN $15 THEN interval '1 second' ELSE interval '0' END)
     ON CONFLICT (source, idempotency_key) DO UPDATE
     SET row_missing = EXCLUDED.row_missing, awaited_table = EXCLUDED.awaited_table,
         awaited_columns = EXCLUDED.awaited_columns, awaited = EXCLUDED.awaited, reason = EXCLUDED.reason,
         message = EXCLUDED.message, attempts = p.attempts + 1,
+        message_group = coalesce(EXCLUDED.message_group, p.message_group),
         due_at = now() + CASE WHEN $17 THEN 0 ELSE least(2 ^ least(p.attempts, 10), $16) END * interval '1 second'
     WHERE p.payload_hash = EXCLUDED.payload_hash
 """
@@ -52,12 +60,15 @@ _REMOVE: Final = """
     WHERE p.source = r.source AND p.idempotency_key = r.key
 """
 _FREE: Final = sql.SQL("""
-    SELECT p.source, p.idempotency_key, p.body, p.attempts, p.reason, p.message,
+    SELECT p.source, p.idempotency_key, p.body, p.attempts, p.reason, p.message, p.message_group,
            {overdue} AND p.reason <> {its_turn} AS overdue
     FROM figbridge.parked p
     WHERE {condition} AND NOT EXISTS (
         SELECT FROM figbridge.parked e WHERE e.scope = p.scope AND e.identity = p.identity AND e.place < p.place
             AND NOT (p.makes_row AND e.row_missing))
+    AND NOT EXISTS (
+        SELECT FROM figbridge.parked e WHERE e.message_group = p.message_group AND e.place < p.place
+            AND NOT (p.makes_row AND e.row_missing AND e.scope = p.scope AND e.identity = p.identity))
     ORDER BY p.place LIMIT {most}
 """)
 _OVERDUE: Final = sql.SQL("p.parked_at < now() - {seconds} * interval '1 second'")
@@ -78,6 +89,7 @@ class Parked:
     attempts: int
     reason: str
     message: str
+    group: str | None
     overdue: bool
 
     lost: ClassVar[bool] = False  # it is ours until it is removed
@@ -194,4 +206,5 @@ def _row(work: Work, applied: Applied, body: bytes) -> list[Any]:
         awaited is None and applied.reason not in {ROW_WAITS, UPDATE_MISSING},
         _LONGEST,
         applied.reason == ROW_WAITS,
+        work.group,
     ]

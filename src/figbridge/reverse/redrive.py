@@ -31,6 +31,8 @@ class LetterDelivery:
     kept: Kept
 
     lost: ClassVar[bool] = False  # at worst it was redriven by two, and is a duplicate
+    # its group went on without it: it waits for its own entity alone, and brings the row that its group may wait for
+    group: ClassVar[str | None] = None
 
     @property
     def body(self) -> bytes:

@@ -52,6 +52,7 @@ def open_consumer(
         batch_size=section.batch_size,
         max_hops=section.max_hops,
         unmapped=section.unmapped,
+        order=section.order,
         bare=Bare(section.bare) if section.bare else None,
         drift=Drift(applier.connection, mappings, metrics),
         prepare=prepare,

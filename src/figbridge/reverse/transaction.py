@@ -11,11 +11,12 @@ This is the careful way, step by step. `express` sends 1 to 4 at once, and comes
 INVARIANT. The claim is the first to write WAL, which makes it the mark of the loop guard (`figbridge.forward.echo`);
 and only what was claimed *and* is newer reaches a statement. All of it commits or none.
 
-ORDER. Statements run in the order of the events. Neighbours share one statement only if they have the same shape and
-are about different entities; an event of an entity that is in hand begins another round of 3 and 4. A version is
-compared and written by the same statement, which locks the entity until the end; claims and versions are taken in the
-order of their keys, and rows are written in the order of their entities, so two replicas with overlapping batches wait
-for each other and not in a circle, unless one has an entity twice in a batch. There and with the legacy application a
+ORDER. Statements run in the order of the events. Neighbours share one statement only if they have the same shape, are
+about different entities, and of different message groups where the order of these is kept: triggers see the rows of one
+statement in any order. An event of an entity that is in hand begins another round of 3 and 4. A version is compared and
+written by the same statement, which locks the entity until the end; claims and versions are taken in the order of their
+keys, and rows are written in the order of their entities, so two replicas with overlapping batches wait for each other
+and not in a circle, unless one has an entity twice in a batch, or a group. There and with the legacy application a
 deadlock is possible, as between any two clients; then the batch is cut in two (`apply`).
 
 Timeouts are set inside the transaction (set_config's third argument, SET LOCAL). Behind PgBouncer's transaction mode a
@@ -114,10 +115,15 @@ def run(
     """Apply `works`, whose keys all differ, in one transaction; the outcome of each.
 
     `begin` is from `beginning`, `naming` from `guard.LoopGuard.naming`; `examiner` is for works that are not simply
-    written. Raises Suspects, LegacyUnavailable, or
-    psycopg.Error; after an error the transaction is still open.
+    written. Where some of `works` wait for what is parked, and others could be behind them in a message group, nothing
+    is done, and the outcomes are of those that wait alone. Raises Suspects, LegacyUnavailable, or psycopg.Error; after
+    an error the transaction is still open.
     """
     fresh, outcomes = _claim(connection, works, begin)
+    waiting = {work: it for work, it in outcomes.items() if it.outcome is Outcome.RETRY} if outcomes else {}
+    if waiting and any(work.group is not None for work in fresh):
+        connection.execute("ROLLBACK")
+        return waiting
     for segment in segments(fresh):
         if examiner:
             examiner.look(connection, segment)
@@ -216,6 +222,7 @@ class _Group:
     def __init__(self, shapes: tuple[Shape, ...] | None) -> None:
         self.shapes = shapes
         self.works: list[Work] = []
+        self.ordered: set[str] = set()  # the message groups that are in it
 
     def statements(self) -> Iterable[_Todo]:
         """One for each part of the mapping."""
@@ -247,11 +254,18 @@ def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
     group: _Group | None = None
     for work in works:
         shapes = _shapes(work)
-        if group is None or shapes is None or shapes != group.shapes:
+        if (
+            group is None
+            or shapes is None
+            or shapes != group.shapes
+            or (work.group is not None and work.group in group.ordered)
+        ):
             if group is not None:
                 yield group
             group = _Group(shapes)
         group.works.append(work)
+        if work.group is not None:
+            group.ordered.add(work.group)
     if group is not None:
         yield group
 

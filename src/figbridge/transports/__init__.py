@@ -129,6 +129,10 @@ class Delivery(Protocol):
     def lost(self) -> bool:
         """Whether somebody else may have it by now, so that it must not be applied here any more."""
 
+    @property
+    def group(self) -> str | None:
+        """The message group it came in, under a name that no other queue's has; None where there are no groups."""
+
     def ack(self) -> None:
         """It is done with. Call only after the legacy transaction committed. Raises QueueUnavailable."""
 

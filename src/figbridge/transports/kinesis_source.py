@@ -307,6 +307,7 @@ class KinesisDelivery:
 
     __slots__ = ("_source", "attempts", "body", "done", "ends", "sequence", "shard")
     lost = False  # see `figbridge.transports.shards`
+    group = None  # a shard does not stop for a partition key
 
     def __init__(self, source: KinesisSource, shard: str, sequence: str, body: bytes) -> None:
         self._source = source

@@ -224,6 +224,7 @@ class _LocalDelivery:
 
     __slots__ = ("_source", "attempts", "body", "seq")
     lost = False  # nobody else has our place
+    group = None
 
     def __init__(self, source: LocalSource, seq: int, attempts: int, body: bytes) -> None:
         self._source = source

@@ -6,8 +6,11 @@ database takes (`visibility`); when nobody does any more, it becomes visible by 
 A receipt that has expired is not an error: the message is (or will be) in somebody's hands again, and the inbox makes
 the repetition harmless. It is logged, because a visibility timeout that is too short makes every message come twice.
 
-FIFO: SQS hands out no later message of a group while we hold one, and `receive` keeps its order. A group does not stop
-for one event that has to wait: that is parked, and holds up later events of its own entity alone (`reverse.park`).
+FIFO: SQS hands out no later message of a group while we hold one, and `receive` keeps its order. An event that has to
+wait is parked, so it is not in the queue's way, and holds up later events of its own entity alone; or, with
+``reverse.order: group``, all later ones of its group, in this replica and in every other (`reverse.park`). A dead
+letter ends that: the event is safe and can be applied again, and its group goes on. What we hold and cannot apply any
+more, on a stop or without the database, is given back at once, a group from its first message on.
 
 Refuses to order a standard queue: it does not keep order itself. Use a FIFO queue where order counts.
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
@@ -44,6 +47,7 @@ class SqsSource:
 
     def __init__(self, section: SqsSourceSection) -> None:
         self._url = section.queue_url
+        self.queue = section.queue_url.rstrip("/").rpartition("/")[2]
         self._visibility_timeout = section.visibility_timeout
         self._client = aws.client("sqs", section)
         self._heartbeat = Heartbeat(section.visibility_timeout, self._extend)
@@ -165,6 +169,11 @@ class SqsDelivery:
     def lost(self) -> bool:
         """See `Delivery.lost`."""
         return self.held.lost
+
+    @property
+    def group(self) -> str | None:
+        """See `Delivery.group`; the queue's name and the message group id."""
+        return None if self.held.group is None else f"{self._source.queue}/{self.held.group}"
 
     def ack(self) -> None:
         """See `Delivery.ack`."""
