@@ -204,3 +204,17 @@ CREATE TABLE IF NOT EXISTS figbridge.snapshot (
 );
 ALTER TABLE figbridge.snapshot ADD COLUMN IF NOT EXISTS gap text;  -- where an older figbridge made it
 ALTER TABLE figbridge.snapshot ADD COLUMN IF NOT EXISTS since pg_lsn;
+
+-- Keys to which rows moved while their table was read, where an update did not tell all of the row: they are read by
+-- these keys at the end. A row is written for such an update, and is gone when its snapshot has ended.
+CREATE TABLE IF NOT EXISTS figbridge.snapshot_moved (
+    slot              text   NOT NULL,
+    system_identifier text   NOT NULL,
+    schema_name       text   NOT NULL,
+    table_name        text   NOT NULL,
+    name              text   NOT NULL,  -- a hash of the key, which may be too long for an index
+    key               json   NOT NULL,  -- column: text
+    commit_lsn        pg_lsn NOT NULL,  -- of the last such update
+    ordinal           bigint NOT NULL,
+    PRIMARY KEY (slot, system_identifier, schema_name, table_name, name)
+);

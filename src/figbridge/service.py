@@ -48,6 +48,7 @@ from figbridge.forward.sanitize import Rules
 from figbridge.forward.shape import Shaper
 from figbridge.forward.snapshot.claims import Claims
 from figbridge.forward.snapshot.loop import Bridge, Snapshot
+from figbridge.forward.snapshot.moved import Moves
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.reads import Share
 from figbridge.forward.snapshot.window import Windows
@@ -202,7 +203,7 @@ def _forward(
     heartbeats = Heartbeats(slot, metrics) if beating else None
     versions = VersionStore(dsn, slot) if config.keeps_versions else None
     history = History() if section.schema_events else None
-    windows = Windows()
+    windows, moves = Windows(), Moves(dsn, slot) if config.takes_snapshots else None
     messages = Messages(section.messages, naming, outbox=outbox, heartbeats=heartbeats, codec=server.codec, slot=slot)
     capture = Capture(
         source,
@@ -213,6 +214,7 @@ def _forward(
         heartbeats=heartbeats,
         versions=versions,
         windows=windows,
+        moves=moves,
         buffer=buffer,
         checkpoint=checkpoint,
         metrics=metrics,
@@ -237,6 +239,7 @@ def _forward(
             checkpoint,
             source,
             versions=versions,
+            moves=moves,
             standard=standard,
             share=share,
             metrics=metrics,
@@ -246,7 +249,7 @@ def _forward(
     ]
     if heartbeats:
         loops.append(Heartbeat(dsn, heartbeats, section.heartbeat_seconds))
-    if config.takes_snapshots:
+    if moves:
         excluded = split_table(section.outbox.table) if section.outbox and section.outbox.table else None
         bridge = Bridge(
             dsn=dsn,
@@ -258,6 +261,7 @@ def _forward(
             encoders=encoders,
             system_identifier=lambda: source.identity.system_identifier,
             claims=Claims(config.snapshot_tables if section.snapshot != "never" else ()),
+            moves=moves,
             metrics=metrics,
             rules=rules,
             excluded=excluded,

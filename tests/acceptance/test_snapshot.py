@@ -61,6 +61,7 @@ STATEMENTS = [
     "UPDATE shop.number SET v = %(v)s WHERE id %% 1000 = %(n)s %% 1000",
     "UPDATE shop.number SET v = %(v)s WHERE id = (SELECT max(id) FROM shop.number)",
     "DELETE FROM shop.number WHERE id %% 5000 = %(n)s %% 5000",
+    "UPDATE shop.number SET id = -id, v = %(v)s WHERE id %% 1500 = %(n)s %% 1500",
     "UPDATE shop.number SET id = -id, v = %(v)s, big = repeat(v::text, 500) WHERE id %% 9000 = %(n)s %% 9000",
     "UPDATE shop.pair SET v = %(v)s WHERE a = 'k' || %(n)s %% 100 AND v %% 7 = 0",
     "UPDATE shop.pair SET a = 'm' || %(n)s, v = %(v)s WHERE b = (SELECT b FROM shop.pair ORDER BY b LIMIT 1)",

@@ -125,8 +125,8 @@ def test_init_makes_everything_and_finds_it_the_second_time(each_database: Datab
     config = configured(each_database)
     lines = provision.initialise(config)
     made = state(each_database)
-    made_tables = "inbox, canary, entity_version, parked, dead_letter, slot_guard, table_version, snapshot"
-    assert lines[0] == f"schema figbridge: made {made_tables}"
+    others = "inbox, canary, entity_version, parked, dead_letter, slot_guard, table_version, snapshot, snapshot_moved"
+    assert lines[0] == f"schema figbridge: made {others}"
     assert lines[1].startswith("publication figbridge: made for shop.orders, shop.audit, shop.indexed, shop.days, ")
     assert lines[2] == "publication figbridge_inbox: made for figbridge.inbox, figbridge.canary"
     assert re.fullmatch(rf"slot {each_database.slot}: made, changes leave from [0-9A-F]+/[0-9A-F]+ on", lines[3])

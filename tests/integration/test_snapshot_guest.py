@@ -41,7 +41,8 @@ def test_a_role_that_may_write_to_no_table_but_its_own_is_enough(prepared: Datab
     with role(prepared) as (name, dsn):
         prepared.execute(
             f"GRANT USAGE ON SCHEMA public, figbridge TO {name}; GRANT SELECT ON thing TO {name}; "
-            f"GRANT SELECT, INSERT, UPDATE ON figbridge.snapshot TO {name}"
+            f"GRANT SELECT, INSERT, UPDATE ON figbridge.snapshot TO {name}; "
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON figbridge.snapshot_moved TO {name}"
         )
         with Forward(prepared, dsn=dsn, snapshot=[THING]) as forward:
             finished(forward, "thing")

@@ -79,6 +79,7 @@ STATEMENTS = {
     "wide": [
         "UPDATE wide SET v = %(v)s WHERE id %% 10 = %(n)s %% 10",
         "UPDATE wide SET v = %(v)s, big = repeat('y', 6000) WHERE id %% 20 = %(n)s %% 20",
+        "UPDATE wide SET id = -id, v = %(v)s WHERE id %% 20 = %(n)s %% 20",
         "UPDATE wide SET id = -id, v = %(v)s, big = repeat(%(v)s::text, 2500) WHERE id %% 20 = %(n)s %% 20",
         "TRUNCATE wide",
     ],

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from figbridge.event import Event, Rejection
 from figbridge.forward.checkpoint import Ticket
+from figbridge.forward.snapshot.moved import Moved
 from figbridge.forward.snapshot.reads import Reads, Slice
 from figbridge.forward.versions import Version
 from figbridge.metrics import Metrics
@@ -26,9 +27,9 @@ class Batch:
     """Events on their way, and the ticket to resolve when they are durable; a part of something has none.
 
     ``refused`` has events that no sink shall see: they go to the dead letters, in the place where they stand.
-    ``versions`` were met in it, and are to be kept before the ticket is resolved. ``partial`` has the OIDs of tables of
-    which an event does not say all of one row: a value was not sent, or it is about all rows. ``reads``: what it is a
-    slice of.
+    ``versions`` were met in it, and are to be kept before the ticket is resolved; so is ``moved``. ``partial`` has the
+    OIDs of tables of which an event does not say all of one row: a value was not sent, or it is about all rows.
+    ``reads``: what it is a slice of.
     """
 
     ticket: Ticket | None
@@ -38,6 +39,7 @@ class Batch:
     versions: Sequence[Version] = ()
     partial: frozenset[int] = frozenset()
     reads: Reads | None = None
+    moved: Sequence[Moved] = ()
 
 
 class Buffer:

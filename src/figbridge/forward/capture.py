@@ -35,6 +35,7 @@ from figbridge.forward.messages import Messages
 from figbridge.forward.pingpong import held
 from figbridge.forward.shape import Shaper
 from figbridge.forward.snapshot import PREFIX as SNAPSHOT
+from figbridge.forward.snapshot.moved import Moves
 from figbridge.forward.snapshot.window import Windows
 from figbridge.forward.source import KEEPALIVE, PAYLOAD, XLOG_DATA, ReplicationSource, read_keepalive
 from figbridge.forward.status import Status
@@ -76,6 +77,7 @@ class Capture:
         heartbeats: Heartbeats | None,
         versions: VersionStore | None = None,
         windows: Windows | None = None,
+        moves: Moves | None = None,
         buffer: Buffer,
         checkpoint: Checkpoint,
         metrics: Metrics,
@@ -89,6 +91,7 @@ class Capture:
         self._messages = messages
         self._heartbeats = heartbeats
         self._versions = versions
+        self._moves = moves
         self._buffer = buffer
         self._checkpoint = checkpoint
         self._metrics = metrics
@@ -139,6 +142,8 @@ class Capture:
         self._source.connect(self._checkpoint.tracked)
         if self._shaper.history and self._versions:  # now that nobody else can meet any
             self._shaper.history.learn(self._versions.load())
+        if self._moves:
+            self._moves.load()
 
     def _closed(self) -> None:
         self._windows.streaming = False
@@ -256,6 +261,8 @@ class Capture:
             self._metrics.ping_pongs.labels("forward").inc()
         if change.unsent or self._shaper.announced or change.operation is Operation.TRUNCATE:
             handover.partial.add(change.relation.oid)
+            if change.before_is_key and self._moves and opened.begin and event is not None:
+                handover.moved += filter(None, [self._moves.note(change, opened.begin.commit_lsn)])
         if self._shaper.announced:
             handover.events += self._shaper.announced
             self._shaper.announced = []

@@ -14,18 +14,21 @@ from figbridge.forward.buffer import Batch, Buffer
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.echo import EchoFilter
 from figbridge.forward.shape import Shaper
+from figbridge.forward.snapshot.moved import Moved
 from figbridge.forward.snapshot.reads import Reads
 from figbridge.forward.snapshot.window import Window
 from figbridge.forward.versions import Version
 from figbridge.metrics import Metrics
 
+_MOVED: Final = 1024  # bytes of a `Moved`, about
 _EVENT_OVERHEAD: Final = 520  # bytes of one buffered event beside its detail: measured with tracemalloc, rounded up
 
 
 class Handover:
     """The batch that is being filled, and what is counted of it. One thread, that of the capture loop.
 
-    That loop appends to `events` and adds to `counts`, `echoes` and `partial` itself, as it does so for each row.
+    That loop appends to `events` and adds to `counts`, `echoes` and `partial` itself, as it does so for each row. What
+    it appends to `moved` belongs to an event that comes next.
     """
 
     __slots__ = (
@@ -38,6 +41,7 @@ class Handover:
         "counts",
         "echoes",
         "events",
+        "moved",
         "partial",
         "tables",
     )
@@ -53,6 +57,7 @@ class Handover:
         self.commit_end = Lsn(0)  # of the last commit that was read
         self.events: list[Event] = []
         self.partial: set[int] = set()  # as `Batch.partial`
+        self.moved: list[Moved] = []  # as `Batch.moved`
         self.tables: dict[int, str] = {}  # OID → name, of the tables that the server has described
         # rows since the last batch, by operation and table: two lookups of small keys, as this is done for each row
         self.counts: dict[Operation, defaultdict[int, int]] = {it: defaultdict(int) for it in Operation}
@@ -61,7 +66,7 @@ class Handover:
     def forget(self) -> None:
         """Begin behind what was given last: a new connection sends the rest again."""
         self.commit_end = self._checkpoint.tracked
-        self.events, self.partial, self.tables, self.echoes = [], set(), {}, 0
+        self.events, self.partial, self.moved, self.tables, self.echoes = [], set(), [], {}, 0
         for tables in self.counts.values():
             tables.clear()
 
@@ -71,8 +76,10 @@ class Handover:
         if events:
             ticket = self._checkpoint.track(self.commit_end)
             size = sum([len(event.detail) for event in events]) + _EVENT_OVERHEAD * len(events)
-            self._buffer.put(Batch(ticket, events, size, versions=self._versions(), partial=frozenset(self.partial)))
-            self.events, self.partial = [], set()
+            batch = Batch(ticket, events, size, versions=self._versions(), partial=frozenset(self.partial))
+            batch.moved, batch.size = self.moved, size + _MOVED * len(self.moved)
+            self._buffer.put(batch)
+            self.events, self.partial, self.moved = [], set(), []
         else:
             self._checkpoint.advance(self.commit_end)
         for operation, table, count in self._counted():
@@ -86,7 +93,9 @@ class Handover:
         """Into the buffer, in its place in the order, for the dead letters."""
         self.give()
         size = len(rejection.event.detail) + _EVENT_OVERHEAD
-        self._buffer.put(Batch(self._checkpoint.track(self.commit_end), (), size, (rejection,)))
+        batch = Batch(self._checkpoint.track(self.commit_end), (), size, (rejection,), moved=self.moved)
+        self.moved = []
+        self._buffer.put(batch)
 
     def give_read(self, window: Window, end: Lsn) -> Reads:
         """A snapshot's rows, to the buffer, with the ticket that acknowledges `end`."""

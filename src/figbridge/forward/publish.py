@@ -26,6 +26,7 @@ from figbridge.errors import SinkRefused
 from figbridge.event import Event, Lines, Rejection
 from figbridge.forward.buffer import Batch, Buffer
 from figbridge.forward.checkpoint import Checkpoint
+from figbridge.forward.snapshot.moved import Moves
 from figbridge.forward.snapshot.reads import Share
 from figbridge.forward.source import ReplicationSource
 from figbridge.forward.standard import Standard
@@ -240,6 +241,7 @@ class Publish:
         source: ReplicationSource,
         *,
         versions: VersionStore | None = None,
+        moves: Moves | None = None,
         standard: Standard | None = None,
         share: Share | None = None,
         metrics: Metrics,
@@ -251,6 +253,7 @@ class Publish:
         self._checkpoint = checkpoint
         self._source = source
         self._versions = versions
+        self._moves = moves
         self._metrics = metrics
         self._halt = halt
         self._reads = share or Share()
@@ -288,11 +291,18 @@ class Publish:
             if events and not read:  # a read is as old as its chunk, which is no lag
                 age = (datetime.now(UTC) - events[-1].time).total_seconds()
                 self._metrics.lag_seconds.set(max(0.0, age))
-        if self._versions and (versions := [version for batch in batches for version in batch.versions]):
-            add, flushed = self._versions.add, self._checkpoint.flushed
-            persist(lambda: add(versions, flushed), what="keep the versions of tables", stop=self._halt)
+        self._keep(batches)
         for batch in batches:
             if batch.ticket is not None:
                 self._checkpoint.resolve(batch.ticket)
             self._buffer.settle(batch)
         self._source.wake()
+
+    def _keep(self, batches: Sequence[Batch]) -> None:
+        """What the tables of our own have to say before these may be acknowledged."""
+        if self._versions and (versions := [version for batch in batches for version in batch.versions]):
+            add, flushed = self._versions.add, self._checkpoint.flushed
+            persist(lambda: add(versions, flushed), what="keep the versions of tables", stop=self._halt)
+        if self._moves and (moved := [row for batch in batches for row in batch.moved]):
+            note = self._moves.add
+            persist(lambda: note(moved), what="note rows whose key changed", stop=self._halt)

@@ -112,6 +112,11 @@ OWN: Final[Mapping[str, OwnTable]] = {
         ("SELECT", "INSERT", "UPDATE", "DELETE"),
         frozenset({"gap", "since"}),
     ),
+    "snapshot_moved": OwnTable(
+        frozenset({"slot", "system_identifier", "schema_name", "table_name", "name", "key", "commit_lsn", "ordinal"}),
+        frozenset({"slot", "system_identifier", "schema_name", "table_name", "name"}),
+        ("SELECT", "INSERT", "UPDATE", "DELETE"),
+    ),
 }
 
 
@@ -131,5 +136,6 @@ def own_tables(config: Config) -> tuple[str, ...]:
         "slot_guard": config.guards_slot,
         "table_version": config.keeps_versions,
         "snapshot": config.takes_snapshots,
+        "snapshot_moved": config.takes_snapshots,
     }
     return tuple(name for name in OWN if needed[name])

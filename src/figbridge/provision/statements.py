@@ -100,15 +100,23 @@ def forget_sql(slot: str) -> str:
     return f"DELETE FROM figbridge.slot_guard WHERE slot = {literal(slot)}"  # noqa: S608 (quoted)
 
 
-def forget_snapshots_sql(config: Config) -> str:
+def forget_snapshots_sql(config: Config, *, only_if: str = "") -> str:
     """The statement after which tables are read again that a slot made anew has left out changes of.
+
+    `only_if` is more of its condition.
 
     It leaves alone what on-slot-loss has ordered: who ordered it may have been ended before there was a slot.
     """
     again = config.forward is not None and config.forward.snapshot == "when-needed"
     which = "" if again else " AND state NOT IN ('done', 'failed')"
     which += f" AND ({backfill.PENDING}) IS NOT TRUE" if config.recreates_slot else ""
-    return f"DELETE FROM figbridge.snapshot WHERE slot = {literal(config.legacy.slot)}{which}"  # noqa: S608 (quoted)
+    return f"""\
+WITH forgotten AS (
+    DELETE FROM figbridge.snapshot WHERE slot = {literal(config.legacy.slot)}{which}{only_if} RETURNING *
+)
+DELETE FROM figbridge.snapshot_moved AS m USING forgotten AS f
+WHERE (m.slot, m.system_identifier, m.schema_name, m.table_name)
+    = (f.slot, f.system_identifier, f.schema_name, f.table_name)"""  # noqa: S608 (quoted)
 
 
 def gap_sql(config: Config) -> str:
@@ -216,7 +224,7 @@ def _notes(config: Config, only_if: str) -> Iterator[str]:
     if config.guards_slot:
         yield f"{_comment(_NOTES)}\n{forget_sql(config.legacy.slot)}{only_if}"
     if config.takes_snapshots:
-        yield f"{forget_snapshots_sql(config)}{only_if}"
+        yield forget_snapshots_sql(config, only_if=only_if)
 
 
 def _grants(config: Config, role: str) -> Iterator[str]:

@@ -16,7 +16,7 @@ idle database, and nothing is written to anybody's table. The method is that of 
 
 INVARIANT. Whoever applies all events in order, dropping repeated ids, holds the table at the end. Between low and high
 the stream wins: what a transaction did that committed before low, the chunk has seen, and its events came earlier; what
-one does that commits after high comes later, or before a row has left, which then does not (`reads`). Three cases need
+one does that commits after high comes later, or before a row has left, which then does not (`reads`). Four cases need
 more than that:
 
 * A transaction's commit is in the WAL before other sessions see it: for microseconds, or for as long as a synchronous
@@ -24,6 +24,8 @@ more than that:
   snapshot in which no transaction is in progress that the capture loop has met (`window.Windows.met`).
 * A row whose event lacks a TOASTed value that the update left alone, or whose event was dropped as an echo of our own:
   the stream wins, but does not tell all. Those rows alone are read again, in a window of their own.
+* A row whose key changes without such a value may go from before the cursor to behind it, where no chunk comes by: the
+  rows with the new keys are read when all others were (`moved`).
 * A TRUNCATE, a changed schema or a lost connection within a window: the chunk is void and is read again.
 
 ACKNOWLEDGEMENT is as for any event: a chunk stands in the buffer at its high watermark's commit, under its ticket. The
@@ -32,14 +34,15 @@ carries the same id: ``<system identifier>-<slot>-<run>-<table's OID>-<the row's
 
 Chunks can be read from a standby, for which `standby` has the argument.
 
-A table is walked by its primary key (or the index of its replica identity) where that is plain, else by ctid, and then
-a row is what its columns are: two equal rows of a table without a key are one.
+A table is walked by the index of its replica identity, or by its primary key, where that is plain, else by ctid. A row
+without a key is what its columns are: two equal rows of a table without one are one.
 
 A row that was deleted while there was no slot is in no chunk: `backfill` says how consumers learn of it.
 
 WHAT IT CANNOT KNOW. The first chunks of a process look back as far as the process does: a commit that a synchronous
-standby holds up since before the start is not recognised. An update that changes a row's key, so that it moves from
-before the cursor to behind it, and leaves a TOASTed value alone, tells that value to nobody (``unchanged`` names it).
+standby holds up since before the start is not recognised. A table is not walked by its replica identity where that is
+an index which is not plain: then an update that leaves a TOASTed value alone may take the row from before the reading
+point to behind it, without saying so, and tells that value to nobody (``unchanged`` names it).
 """
 
 PREFIX = "figbridge.snapshot"  # of the watermarks

@@ -133,10 +133,14 @@ def read(
     *,
     most: int,
     again: Sequence[Sequence[str]] = (),
+    bounded: bool = False,
     width: float = inf,
     share: Share | None = None,
 ) -> Chunk:
     """The rows behind `cursor`, or those with the keys `again`. Call within `locked`.
+
+    Keys of a chunk's rows have room where it had. Of others, `bounded`, the reading may be broken off, too; then `end`
+    says that it was not.
 
     `width` is what was learned of the rows, in bytes: narrow ones are `joined`. While the stream
     flows, by `share`, it has half of the time or more.
@@ -151,8 +155,8 @@ def read(
         )
     if again:
         statement = layout.copy(plans.rows_chunk(plan, layout.query, again, condition))
-        blocks, seconds, size, _ = _blocks(connection, statement, layout.block, bounded=False)
-        return Chunk(blocks, cursor, False, seconds, size)
+        blocks, seconds, size, whole = _blocks(connection, statement, layout.block, bounded=bounded)
+        return Chunk(blocks, cursor, bounded and whole, seconds, size)
     odd = False
     if width <= joined.NARROW and joined.fits(plan, layout, condition):
         began = time.monotonic()

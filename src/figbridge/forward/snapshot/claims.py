@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import psycopg
 
+from figbridge.forward.snapshot.moved import Moves
 from figbridge.forward.snapshot.progress import Progress, Task, show
 from figbridge.metrics import Metrics
 from figbridge.preflight.catalogue import Name
@@ -19,13 +20,13 @@ class Claims:
         self._behind: list[Name] = []
         self._wanted = list(tables)
 
-    def claim(self, connection: psycopg.Connection, progress: Progress, metrics: Metrics) -> Task | None:
+    def claim(self, connection: psycopg.Connection, progress: Progress, moves: Moves, metrics: Metrics) -> Task | None:
         """The next task that nobody is at, those that stand still last; None without any. Raises psycopg.Error."""
         with self._lock:
             for name in self._wanted:
                 progress.want_first(connection, name)
             self._wanted = []
-            tasks = progress.tasks(connection)
+            tasks = moves.look(lambda: progress.tasks(connection))
             for task in tasks:
                 if task.name not in self._taken:
                     show(metrics, task)

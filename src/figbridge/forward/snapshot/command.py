@@ -30,6 +30,7 @@ _ORDERS: Final[dict[Order, tuple[State, Sequence[State]]]] = {
     "resume": ("waiting", ("paused",)),
     "cancel": ("cancelled", OPEN),
 }
+_TABLES: Final = ("snapshot", "snapshot_moved")
 _LOOK: Final = 0.5  # seconds between two looks at the progress
 _SILENT: Final = 60.0  # seconds without a chunk that are worth a word
 
@@ -175,7 +176,7 @@ def _connected(config: Config) -> psycopg.Connection:
     dsn = config.legacy.dsn.get_secret_value()
     connection = legacy.connect(dsn, purpose="snapshot-command", autocommit=True)
     try:
-        there = catalogue.tables(connection, [(legacy.SCHEMA, "snapshot")])
+        there = len(catalogue.tables(connection, [(legacy.SCHEMA, it) for it in _TABLES])) == len(_TABLES)
     except BaseException:
         connection.close()
         raise

@@ -24,7 +24,7 @@ import orjson
 from psycopg import sql
 from psycopg.postgres import types as _built_in
 
-from figbridge.change import Operation
+from figbridge.change import Operation, Row
 from figbridge.event import Event, attributes
 from figbridge.forward import values
 from figbridge.forward.place import Stamp
@@ -109,6 +109,12 @@ class Layout:
         """With bytes that are not UTF-8 as the stream's encoders write them."""
         lines = block.decode(errors="surrogateescape")[:-1].split("\n")
         return "".join("\t".join(map(_valid, line.split("\t"))) + "\n" for line in lines)
+
+    def name(self, row: Row) -> str:
+        """What events of the stream about `row` are noted under; with a key, nothing else of it is looked at."""
+        table = self.table
+        name = table.name(row, table.key(row), b"" if self.keyed else table.row(row), keyed=self.keyed)
+        return f"{table.label}{name.decode()}"
 
     def names(self, rows: Iterable[Values]) -> list[str]:
         """What the stream's events about the same rows are noted under."""

@@ -15,7 +15,7 @@ fails its task, with the reason, and stops neither the other tables nor the stre
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -31,13 +31,15 @@ from figbridge.forward.sanitize import Rules
 from figbridge.forward.snapshot import chunk, plan, sanitized
 from figbridge.forward.snapshot.claims import Claims
 from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.moved import Moves
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
 from figbridge.forward.snapshot.progress import Progress, State, Task, hide, show
 from figbridge.forward.snapshot.reads import Block, Share
 from figbridge.forward.snapshot.standby import Standby
-from figbridge.forward.snapshot.window import Outcome, Window, Windows
+from figbridge.forward.snapshot.walk import Place
+from figbridge.forward.snapshot.window import Window, Windows
 from figbridge.forward.source import SETTINGS
 from figbridge.forward.table import Naming, Table
 from figbridge.forward.values import Encoders
@@ -70,25 +72,12 @@ class Bridge:
     encoders: Encoders
     system_identifier: Callable[[], str]
     claims: Claims
+    moves: Moves
     metrics: Metrics
     rules: Rules = field(default_factory=Rules)
     excluded: Name | None = None  # the outbox: its rows are no state but events
     share: Share = field(default_factory=Share)  # the publish loop's
     standby: str | None = None  # the DSN of a standby that chunks are read from
-
-
-@dataclass(slots=True)
-class _Place:
-    """How far one table is. `noted` is the cursor that may be written, `reached` where the next chunk begins."""
-
-    plan: Plan
-    layout: Layout
-    noted: Cursor | None
-    reached: Cursor | None
-    ended: bool = False
-    again: Sequence[Sequence[str]] = ()
-    left: Outcome | None = None  # of the rows that are on their way
-    window: Window | None = None  # whose low watermark is written
 
 
 class Snapshot:
@@ -120,7 +109,7 @@ class Snapshot:
             legacy.connect(self._dsn, purpose="snapshot", autocommit=True) as connection,
             legacy.translated(),
         ):
-            task = self._bridge.claims.claim(connection, self._progress, self._bridge.metrics)
+            task = self._bridge.claims.claim(connection, self._progress, self._bridge.moves, self._bridge.metrics)
             if task is None:
                 return False
             stands = False
@@ -165,17 +154,17 @@ class Snapshot:
 
     def _walk(self, connection: psycopg.Connection, task: Task) -> None:
         found = self._described(connection, task.name)
-        place = _Place(found, self._compiled(found), task.cursor, task.cursor)
+        place = Place(found, self._compiled(found), task.cursor, task.cursor)
         if task.cursor and not _fits(task.cursor, found):
             _log.warning("the table's key changed: its snapshot begins anew", table=spell(*task.name))
-            place.noted = place.reached = None
+            place.begin_anew()
         estimate = plan.estimate(connection, found)
         if not self._progress.start(connection, task, estimate):
             return
         show(self._bridge.metrics, task, state="running", estimate=estimate)
         _log.info("snapshot", table=spell(*task.name), run=task.run, rows=task.rows, estimate=estimate)
         try:
-            while not (place.ended and not place.again):
+            while self._more(connection, task, place):
                 if self._pace.wait(connection, self._stop):
                     self._forget(place)  # it would note all that comes meanwhile
                 rows = self._step(connection, task, place)
@@ -184,12 +173,25 @@ class Snapshot:
                 self._pace.took(rows)
         finally:
             self._forget(place)
-        if self._mark(connection, task, place) and self._progress.end(connection, task):
+            self._bridge.moves.walks(task)
+        if self._progress.end(connection, task):
             _log.info("snapshot is done", table=spell(*task.name), run=task.run)
 
-    def _step(self, connection: psycopg.Connection, task: Task, place: _Place) -> int | None:
+    def _more(self, connection: psycopg.Connection, task: Task, place: Place) -> bool:
+        """Whether there are rows to read: at last those that `moved`, when all others are durable."""
+        if not place.walked:
+            return True
+        self._forget(place)  # its reads would have the ids of others
+        if self._mark(connection, task, place) is None:
+            return False
+        moves = self._bridge.moves
+        moves.walked(task)
+        place.take(moves.turn(connection, task, place.plan.key, place.turn, place.told))
+        return place.turn is not None
+
+    def _step(self, connection: psycopg.Connection, task: Task, place: Place) -> int | None:
         """One window; how many rows were read. None when the task is to be left."""
-        windows, identity = self._bridge.windows, self._identity(task, place.plan)
+        windows, identity = self._bridge.windows, self._identity(task, place)
         if place.window is None:
             place.window = windows.begin(place.layout, identity)
             if self._mark(connection, task, place, low=place.window) != "running":
@@ -202,7 +204,7 @@ class Snapshot:
                 self._void(connection, task, place, "the table's schema changed", window)
                 return 0
             window.offered = [Block(*place.layout.leaving(block.text, block.rows)) for block in read.blocks]
-            if not read.end:
+            if not (read.end or place.turn):
                 place.window = windows.begin(place.layout, identity)
             if self._mark(connection, task, place, high=window, low=place.window) != "running":
                 return None
@@ -212,10 +214,10 @@ class Snapshot:
         if window.outcome.void:
             self._void(connection, task, place, window.outcome.void, window)
             return read.rows
-        self._left(read, window, place)
+        place.leave(read, window.outcome)
         return read.rows
 
-    def _read(self, connection: psycopg.Connection, task: Task, place: _Place) -> chunk.Chunk | None:
+    def _read(self, connection: psycopg.Connection, task: Task, place: Place) -> chunk.Chunk | None:
         """The next chunk; None when the table is not as the window has it."""
         met: Callable[[list[int]], bool] | None = self._bridge.windows.met
         reader = connection
@@ -229,7 +231,8 @@ class Snapshot:
                 most = min(self._size.rows, self._pace.most)
                 read = chunk.read(
                     reader, place.plan, place.layout, place.reached, task.condition,
-                    most=most, again=place.again, width=self._size.width, share=self._bridge.share,
+                    most=most, again=place.again, bounded=place.turn is not None,
+                    width=self._size.width, share=self._bridge.share,
                 )  # fmt: skip
         except chunk.Gone:
             raise Failed(f"there is no table {spell(*task.name)} any more") from None
@@ -237,22 +240,11 @@ class Snapshot:
             self._size.learn(read)
         return read
 
-    def _identity(self, task: Task, found: Plan) -> str:
-        return f"{self._bridge.system_identifier()}-{self._bridge.slot}-{task.run}-{found.relation.oid}-"
+    def _identity(self, task: Task, place: Place) -> str:
+        of = f"{self._bridge.system_identifier()}-{self._bridge.slot}-{task.run}-{place.plan.relation.oid}-"
+        return of + (place.turn.identity if place.turn else "")
 
-    def _left(self, read: chunk.Chunk, window: Window, place: _Place) -> None:
-        """Rows are on their way; what is read next."""
-        outcome, found = window.outcome, place.plan
-        place.left = outcome
-        if outcome.again and not found.key:
-            return  # by ctid a row is not found again: the chunk is, with the same ids
-        place.ended = place.ended or read.end
-        place.reached = read.cursor
-        place.again = [place.layout.keys(row, found.indexes(found.key)) for row in outcome.again]
-        if not place.again:
-            place.noted = place.reached
-
-    def _void(self, connection: psycopg.Connection, task: Task, place: _Place, why: str, window: Window) -> None:
+    def _void(self, connection: psycopg.Connection, task: Task, place: Place, why: str, window: Window) -> None:
         """Look at the table anew; the same rows are read again."""
         _log.info("a chunk is read again", table=spell(*task.name), reason=window.outcome.void or why)
         self._bridge.metrics.snapshot_voids.inc()
@@ -262,8 +254,8 @@ class Snapshot:
         found = self._described(connection, task.name)
         if found != place.plan:
             if found.key != place.plan.key or found.types != place.plan.types:
-                place.noted = place.reached = None
-                place.again, place.ended = (), False
+                place.begin_anew()
+                self._bridge.moves.walks(task)
             place.plan, place.layout = found, self._compiled(found)
             self._forget(place)
 
@@ -271,7 +263,7 @@ class Snapshot:
         self,
         connection: psycopg.Connection,
         task: Task,
-        place: _Place,
+        place: Place,
         *,
         high: Window | None = None,
         low: Window | None = None,
@@ -289,7 +281,7 @@ class Snapshot:
         marks = [*([high.content("high")] if high else []), *([low.content("low")] if low else [])]
         return self._progress.advance(connection, task, place.noted, rows, marks)
 
-    def _forget(self, place: _Place) -> None:
+    def _forget(self, place: Place) -> None:
         if place.window is not None:
             self._bridge.windows.forget(place.window)
             place.window = None

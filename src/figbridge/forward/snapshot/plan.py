@@ -3,9 +3,10 @@
 INVARIANT. A chunk is a stretch of one order, without a gap, whatever ends it: also if its reading is broken off, the
 rows that came are all rows between the cursor and the last of them.
 
-    by key     WHERE (a, b) > (…) ORDER BY a, b LIMIT n              the primary key, or the replica identity's index
+    by key     WHERE (a, b) > (…) ORDER BY a, b LIMIT n              the replica identity's index, or the primary key
     by ctid    WHERE ctid > … AND ctid < '(block,0)' ORDER BY ctid   where there is none, one partition at a time
 
+The replica identity goes first: an update that moves a row in the order of its index says so (`moved`).
 Only an index in plain order will do (ascending, the column's collation, the type's default operators): then ``>``,
 ORDER BY and the index mean the same. What a table's rows are called in the stream must be told as pgoutput tells it, or
 the versions of its schema would differ: the columns of the publication, key flags as the replica identity has them.
@@ -74,7 +75,8 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
     named: list[str] = next((it["columns"] for it in indexes if it["identity"]), [])
     flagged = list(by_name) if identity == "f" else named
     usable = [it for it in indexes if it["plain"] and all(column in by_name for column in it["columns"])]
-    order: list[str] = next((it["columns"] for it in sorted(usable, key=lambda it: not it["primary"])), [])
+    usable.sort(key=lambda it: (not it["identity"], not it["primary"]))
+    order: list[str] = next((it["columns"] for it in usable), [])
     leaves = connection.execute(_LEAVES, [oid, oid]).fetchall() if not order else []
     return Plan(
         relation=Relation(
@@ -147,9 +149,12 @@ def key_count(plan: Plan, cursor: Cursor | None, most: int) -> sql.Composed:
 def rows_chunk(
     plan: Plan, columns: sql.Composable, keys: Sequence[Sequence[str]], condition: str | None
 ) -> sql.Composed:
-    """The rows with these keys, those that are there."""
+    """The rows with these keys, those that are there.
+
+    Of a list without VALUES, where a key has several columns, the server would look for the rows in all of the table.
+    """
     wanted = sql.SQL(", ").join(sql.SQL("({})").format(_literals(plan, key)) for key in keys)
-    where = [*_conditions(plan, condition), sql.SQL("({}) IN ({})").format(_listed(plan.key), wanted)]
+    where = [*_conditions(plan, condition), sql.SQL("({}) IN (VALUES {})").format(_listed(plan.key), wanted)]
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {}").format(_listed(plan.key))
 
 

@@ -9,6 +9,7 @@ A task with a `gap` tells consumers of its start and its end (`backfill`), in th
 
 INVARIANT. A cursor is written only for rows that are durable, and never over what a person has ordered meanwhile:
 states are changed by statements that name the states they change from.
+One that has ended leaves nothing in figbridge.snapshot_moved (`moved`).
 What another cluster wrote there, before a dump was restored, is left alone.
 """
 
@@ -28,9 +29,9 @@ from figbridge.preflight.catalogue import Name
 State = Literal["waiting", "running", "paused", "done", "cancelled", "failed"]
 OPEN: Final = ("waiting", "running", "paused")
 
-_HERE: Final = "(SELECT system_identifier::text FROM pg_control_system())"
-_MINE: Final = f"slot = %(slot)s AND system_identifier = {_HERE}"
-_ONE: Final = f"{_MINE} AND schema_name = %(schema)s AND table_name = %(table)s"
+HERE: Final = "(SELECT system_identifier::text FROM pg_control_system())"
+MINE: Final = f"slot = %(slot)s AND system_identifier = {HERE}"
+ONE: Final = f"{MINE} AND schema_name = %(schema)s AND table_name = %(table)s"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Progress:
             connection.execute(_DURABLE)
             row = connection.execute(_START, self._about(task.name) | values).fetchone()
             if row and task.age is None:
+                connection.execute(_UNTOLD, self._about(task.name))  # an earlier run's
                 self._tell(connection, task, "started", row[0])
         return row is not None
 
@@ -124,6 +126,7 @@ class Progress:
             connection.execute(_DURABLE)
             row = connection.execute(_END, self._about(task.name) | {"run": task.run}).fetchone()
             if row:
+                connection.execute(_UNTOLD, self._about(task.name))
                 self._tell(connection, task, "finished", row[0])
         return row is not None
 
@@ -134,7 +137,7 @@ class Progress:
 
     def fail(self, connection: psycopg.Connection, task: Task, why: str) -> bool:
         """It cannot go on."""
-        return self._change(connection, _FAIL, task.name, run=task.run, why=why)
+        return self._change(connection, _FAIL, task.name, ends=True, run=task.run, why=why)
 
     def trouble(self, connection: psycopg.Connection, task: Task, why: str) -> bool:
         """It stands still and is tried again: what `--status` says until rows leave."""
@@ -142,30 +145,36 @@ class Progress:
 
     def order(self, connection: psycopg.Connection, name: Name, state: State, of: Sequence[State]) -> bool:
         """Set the state of a task that is in one of the states `of`."""
-        return self._change(connection, _ORDER, name, state=state, of=list(of))
+        return self._change(connection, _ORDER, name, ends=state not in OPEN, state=state, of=list(of))
 
     def _about(self, name: Name) -> dict[str, object]:
         return {"slot": self._slot, "schema": name[0], "table": name[1]}
 
-    def _change(self, connection: psycopg.Connection, statement: str, name: Name, **values: object) -> bool:
+    def _change(
+        self, connection: psycopg.Connection, statement: str, name: Name, *, ends: bool = False, **values: object
+    ) -> bool:
         with connection.transaction():
             connection.execute(_DURABLE)
-            return connection.execute(statement, self._about(name) | values).rowcount == 1
+            changed = connection.execute(statement, self._about(name) | values).rowcount == 1
+            if changed and ends:
+                connection.execute(_UNTOLD, self._about(name))
+        return changed
 
 
 # A standby that is away must not hold us up, and a database may be read-only by default. To be told about a table takes
 # the lock of a SELECT, too (pg_get_expr, pg_partition_tree): who has locked it is waited for no longer than by a chunk.
 SETTINGS: Final = "-c synchronous_commit=local -c default_transaction_read_only=off -c lock_timeout=2s"
 _DURABLE: Final = "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = 'local'"
+_UNTOLD: Final = f"DELETE FROM figbridge.snapshot_moved WHERE {ONE}"  # noqa: S608 (constants)
 _SELECT: Final = f"""
 SELECT schema_name AS schema, table_name AS "table", run, state, condition, cursor, rows, estimate, message,
        extract(epoch FROM clock_timestamp() - started_at)::float8 AS age,
        extract(epoch FROM clock_timestamp() - updated_at)::float8 AS silence, gap
-FROM figbridge.snapshot WHERE {_MINE} ORDER BY requested_at, schema_name, table_name
+FROM figbridge.snapshot WHERE {MINE} ORDER BY requested_at, schema_name, table_name
 """  # noqa: S608 (constants)
 _NEW: Final = f"""
 INSERT INTO figbridge.snapshot AS s (slot, system_identifier, schema_name, table_name, run, state, condition)
-VALUES (%(slot)s, {_HERE}, %(schema)s, %(table)s, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
+VALUES (%(slot)s, {HERE}, %(schema)s, %(table)s, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
         'waiting', %(condition)s)
 """  # noqa: S608 (constants)
 _WANT_FIRST: Final = f"{_NEW} ON CONFLICT DO NOTHING"
@@ -179,13 +188,13 @@ WHERE s.state <> ALL (%(open)s)
 _START: Final = f"""
 UPDATE figbridge.snapshot SET state = 'running', estimate = %(estimate)s, updated_at = now(),
        started_at = coalesce(started_at, now()), since = coalesce(since, pg_current_wal_insert_lsn())
-WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING since::text
+WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING since::text
 """  # noqa: S608 (constants)
 _ADVANCE: Final = f"""
 WITH advanced AS (
     UPDATE figbridge.snapshot SET cursor = %(cursor)s, rows = rows + %(rows)s, updated_at = now(),
            message = CASE WHEN %(rows)s = 0 THEN message END
-    WHERE {_ONE} AND run = %(run)s RETURNING state
+    WHERE {ONE} AND run = %(run)s RETURNING state
 )
 SELECT state, (SELECT count(pg_logical_emit_message(true, '{PREFIX}', mark)) FROM unnest(%(marks)s::text[]) AS mark
                WHERE state = 'running')
@@ -193,15 +202,15 @@ FROM advanced
 """  # noqa: S608 (constants)
 _END: Final = f"""
 UPDATE figbridge.snapshot SET state = 'done', message = NULL, updated_at = now()
-WHERE {_ONE} AND run = %(run)s AND state IN ('running', 'paused') RETURNING since::text
+WHERE {ONE} AND run = %(run)s AND state IN ('running', 'paused') RETURNING since::text
 """  # noqa: S608 (constants)
 _FAIL: Final = f"""
 UPDATE figbridge.snapshot SET state = 'failed', message = %(why)s, updated_at = now()
-WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running')
+WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running')
 """  # noqa: S608 (constants)
 _TROUBLE: Final = f"""
-UPDATE figbridge.snapshot SET message = %(why)s WHERE {_ONE} AND run = %(run)s AND state IN ('waiting', 'running')
+UPDATE figbridge.snapshot SET message = %(why)s WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running')
 """  # noqa: S608 (constants)
 _ORDER: Final = f"""
-UPDATE figbridge.snapshot SET state = %(state)s, updated_at = now() WHERE {_ONE} AND state = ANY (%(of)s)
+UPDATE figbridge.snapshot SET state = %(state)s, updated_at = now() WHERE {ONE} AND state = ANY (%(of)s)
 """  # noqa: S608 (constants)

@@ -18,7 +18,7 @@ from typing import Final
 
 import orjson
 
-from figbridge.change import Change, Lsn, Operation, Relation, Row
+from figbridge.change import Change, Lsn, Operation, Relation
 from figbridge.event import Event
 from figbridge.forward.snapshot.joint import Values
 from figbridge.forward.snapshot.layout import Layout
@@ -82,9 +82,9 @@ class Window:
         if after is not None:
             if unsent:
                 after, _ = self.layout.table.settle(after, before)
-            names.append(self._name(after))
+            names.append(self.layout.name(after))
         if before is not None:
-            names.append(self._name(before))
+            names.append(self.layout.name(before))
         self.touched.update(names)
         if dropped and not self.layout.keyed:
             self.voided = "a row without a key was written by the reverse path"
@@ -110,11 +110,6 @@ class Window:
     def void(self, why: str = "") -> None:
         """Tell the reader that nothing has left."""
         self.close(Outcome(void=why or self.voided))
-
-    def _name(self, row: Row) -> str:
-        table, keyed = self.layout.table, self.layout.keyed
-        name = table.name(row, table.key(row), b"" if keyed else table.row(row), keyed=keyed)
-        return f"{table.label}{name.decode()}"
 
 
 class Windows:
