@@ -163,3 +163,29 @@ def test_after_init_has_made_the_slot_anew(database: Database, setting: str, aga
         until(lambda: database.execute(active, [database.slot]) == [(False,)], 20, "nobody reads the slot any more")
         database.execute("SELECT pg_drop_replication_slot(%s)", [database.slot])
     assert reads == [3, again]
+
+
+@pytest.mark.parametrize("by", ["init", "script"])
+def test_what_init_forgets_takes_along_what_was_still_to_be_read(database: Database, by: str) -> None:
+    """The part of one slot, and no other."""
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    forward: dict[str, Any] = {"sink": {"type": "stdout"}, "snapshot": "initial"}
+    config = config_of(database.dsn, "public.thing", slot=database.slot, forward=forward)
+    provision.initialise(config)
+    database.execute("SELECT pg_drop_replication_slot(%s)", [database.slot])
+    for slot in (database.slot, "other"):
+        about = "%s, (SELECT system_identifier::text FROM pg_control_system()), 'public', 'thing'"
+        database.execute(
+            "INSERT INTO figbridge.snapshot (slot, system_identifier, schema_name, table_name, run, state) "
+            f"VALUES ({about}, 1, 'paused')",
+            [slot],
+        )
+        database.execute(
+            f"""INSERT INTO figbridge.snapshot_moved VALUES ({about}, 'a', '{{"id": "1"}}', '0/1', 0)""", [slot]
+        )
+    if by == "init":
+        provision.initialise(config)
+    else:
+        database.execute(provision.script(config))
+    for table in ("snapshot", "snapshot_moved"):
+        assert database.execute(f"SELECT slot FROM figbridge.{table}") == [("other",)]

@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import pytest
+from psycopg import sql
 
 from figbridge.errors import BridgeError
 from figbridge.forward.snapshot import plan
@@ -112,3 +113,24 @@ def test_a_partition_beside_a_parent_of_it_changes_under_the_name_of_the_parent(
         assert plan.describe(connection, ("a", "root"), "pub")
         with pytest.raises(BridgeError, match=r"does not publish b\.bottom under this name"):
             plan.describe(connection, ("b", "bottom"), "pub")
+
+
+@pytest.mark.parametrize("partitioned", ["", "PARTITION BY LIST (b)"], ids=["plain", "partitioned"])
+def test_rows_are_looked_up_by_their_key_and_no_others_with_them(each_database: Database, partitioned: str) -> None:
+    """As a chunk looks for them, which may not scan a table from its beginning to its end. The key has two columns."""
+    each_database.execute(f'CREATE TABLE t (a text COLLATE "C", b int, PRIMARY KEY (a, b)) {partitioned}')
+    if partitioned:
+        each_database.execute(
+            "CREATE TABLE t_0 PARTITION OF t FOR VALUES IN (0); CREATE TABLE t_1 PARTITION OF t DEFAULT"
+        )
+    each_database.execute("INSERT INTO t SELECT 'k' || n, n % 2 FROM generate_series(1, 20000) AS n; ANALYZE t")
+    each_database.execute("CREATE PUBLICATION pub FOR TABLE t WITH (publish_via_partition_root = true)")
+    with each_database.connect() as connection:
+        found = plan.describe(connection, ("public", "t"), "pub")
+        assert found is not None
+        statement = plan.rows_chunk(found, sql.SQL("*"), [(f"k{n}", str(n % 2)) for n in range(1, 501)], None)
+        connection.execute("SET enable_seqscan = off; SET enable_bitmapscan = off")
+        assert len(connection.execute(statement).fetchall()) == 500
+        lines = [line for (line,) in connection.execute(sql.SQL("EXPLAIN ") + statement).fetchall()]
+    assert any("Index Cond: ((a = " in line for line in lines), lines
+    assert not any("Filter" in line for line in lines), lines
