@@ -4,13 +4,15 @@ INVARIANT. No statement asks for more rows than are about a block by what was le
 may look for its rows for long: not with a condition, which so few rows may fit that the statement never ends, where
 COPY has told some of them by then.
 
-Between two statements the server is idle, so nothing is done then that can be done while it is at the next one.
+Between two statements the server is idle, so nothing is done then but to look where the next one begins. What else is
+to be done to the texts is done when they leave (`Joint.rows`).
 """
 
-import select
+import os
+import socket
+import threading
 import time
 from collections.abc import Sequence
-from math import inf
 from typing import Final, NamedTuple, Self
 
 import psycopg
@@ -28,7 +30,6 @@ _BLOCK_BYTES: Final = 768 * 1024
 _BRIEF_BYTES: Final = 128 * 1024  # the same while the stream flows: a millisecond of the server's core, about
 _REST: Final = 0.02  # seconds, at most
 _FEWEST: Final = 10  # rows
-_GATHER: Final = 0.00015  # seconds
 
 
 class Joined(NamedTuple):
@@ -69,46 +70,26 @@ def read(
     deadline, count, size, indexes = time.monotonic() + seconds, 0, 0, plan.indexes(plan.key)
     before, behind = [it.as_bytes(connection) for it in joint.around(plan.key)]
     select = plans.key_rows(plan, connection)
-
-    def asked() -> int:
-        """For how many rows the next statement is sent; 0 for none."""
-        if count >= most or size >= most_bytes or time.monotonic() > deadline:
-            return 0
-        enough = _BRIEF_BYTES if share and share.flows else _BLOCK_BYTES
-        rows = min(most - count, max(_FEWEST, int(min(enough, most_bytes) / width)))
-        dialog.send(before + select(cursor, rows) + behind)
-        return rows
-
-    def counted() -> int:
-        dialog.send(plans.key_count(plan, cursor, wanted).as_bytes(connection))
-        rows, _ = dialog.answer()
-        return rows
-
     with _Dialog(connection) as dialog:
-        sent = time.monotonic()
-        wanted = asked()
-        while wanted:
-            rows, texts = dialog.answer()
-            there = rows if rows == wanted else counted()  # it is the end, or one was left out
-            last = joint.last(texts) if rows and rows == there else None
-            if last is None:
-                return Joined(blocks, cursor, end=not there, odd=bool(there))
-            behind_it, cursor = cursor, plans.cursor(plan, layout.keys(last, indexes))
-            count += rows
-            size += sum(map(len, texts))
-            width = max(width / 4, size / count)
-            _rest(share, 2 * (time.monotonic() - sent))
+        while count < most and size < most_bytes and time.monotonic() < deadline:
+            enough = _BRIEF_BYTES if share and share.flows else _BLOCK_BYTES
+            wanted = min(most - count, max(_FEWEST, int(min(enough, most_bytes) / width)))
             sent = time.monotonic()
-            more = asked() if rows == wanted else 0
-            block = joint.block(rows, texts)  # while the server is at the next
-            if block is None:
-                if more:
-                    dialog.answer()
-                return Joined(blocks, behind_it, odd=True)
-            blocks.append(Block(block, rows))
+            rows, texts = dialog.answer(before + select(cursor, wanted) + behind)
+            there = rows
+            if rows < wanted:  # it is the end, or one was left out
+                there, _ = dialog.answer(plans.key_count(plan, cursor, wanted).as_bytes(connection))
+            if not rows or rows < there or not joint.simple(rows, texts):
+                return Joined(blocks, cursor, end=not there, odd=bool(there))
+            cursor = plans.cursor(plan, layout.keys(joint.last(texts), indexes))
+            block = Block(tuple(texts), rows)
+            blocks.append(block)
             if rows < wanted:
                 return Joined(blocks, cursor, end=True)
-            wanted = more
+            count += rows
+            size += block.size
+            width = max(width / 4, size / count)
+            _rest(share, 2 * (time.monotonic() - sent))
     return Joined(blocks, cursor)
 
 
@@ -121,46 +102,45 @@ def _rest(share: Share | None, seconds: float) -> None:
 class _Dialog:
     """One statement at a time, and its one row: see `Joint.around`. Raises psycopg.Error.
 
-    psycopg would take Python's lock for every few kilobytes of an answer, and a loop that computes meanwhile give it up
-    each time: both were half as fast. So what has begun to arrive may gather for a moment.
+    By libpq's blocking function, which is the only one that psycopg calls without Python's lock: the others take it for
+    every few kilobytes of an answer, which the server cannot get rid of meanwhile, and a loop that computes beside it
+    gives it up each time. A server that does not answer within the connection's patience is left, as
+    `figbridge.legacy.Connection` leaves it.
     """
 
     def __init__(self, connection: psycopg.Connection) -> None:
         self._pgconn, self._encoding = connection.pgconn, connection.info.encoding
-        self._patience: float = getattr(connection, "patience", None) or inf
-        self._asked = False
-        self._poll = select.poll()
-        self._poll.register(self._pgconn.socket, select.POLLIN)
+        self._patience: float | None = getattr(connection, "patience", None)
+        self._asked: float | None = None  # when
+        self._left = False
+        self._over = threading.Event()
 
     def __enter__(self) -> Self:
+        if self._patience:
+            threading.Thread(target=self._watch, args=(self._patience,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._asked:  # the next statement of this connection would have the answer to this one
-            self._pgconn.finish()
+        self._over.set()
 
-    def send(self, statement: bytes) -> None:
-        """Ask."""
-        self._pgconn.send_query(statement)
-        self._asked = True
-
-    def answer(self) -> tuple[int, Sequence[bytes]]:
+    def answer(self, statement: bytes) -> tuple[int, Sequence[bytes]]:
         """How many rows there are, and the texts."""
-        deadline = time.monotonic() + self._patience
-        while self._pgconn.is_busy():
-            if self._poll.poll(1000):
-                time.sleep(_GATHER)
-                self._pgconn.consume_input()
-            elif time.monotonic() > deadline:
-                self._pgconn.finish()  # as `figbridge.legacy.Connection` does
-                raise psycopg.OperationalError(f"no answer for {self._patience:g} s")
-        result = self._pgconn.get_result()
-        while self._pgconn.get_result() is not None:
-            pass
-        self._asked = False
-        if result is None:
-            raise psycopg.OperationalError("there is no answer")
+        self._asked = time.monotonic()
+        result = self._pgconn.exec_(statement)
+        self._asked = None
         if result.status != pq.ExecStatus.TUPLES_OK:
+            if self._pgconn.status == pq.ConnStatus.BAD:
+                what = f"no answer for {self._patience:g} s" if self._left else result.get_error_message(self._encoding)
+                raise psycopg.OperationalError(what)
             raise psycopg.errors.error_from_result(result, encoding=self._encoding)
         rows, *texts = [result.get_value(0, place) or b"" for place in range(result.nfields)]
         return int(rows), texts
+
+    def _watch(self, patience: float) -> None:
+        while not self._over.wait(min(1.0, patience)):
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > patience:
+                self._left = True
+                with socket.socket(fileno=os.dup(self._pgconn.socket)) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)
+                return

@@ -14,7 +14,7 @@ word, a number of 19 digits, a moment in a far century. A number stays one that 
 the text of NULL could stand for it, costs as much as to print it.
 
 INVARIANT. The values are those of the stream's encoders, byte by byte, or there are none: what is not so simple makes
-`Joint.block` return None, and the rows are read in the other way, by COPY. That is U+007F in a text, bytes that are no
+`Joint.simple` false, and the rows are read in the other way, by COPY. That is U+007F in a text, bytes that are no
 UTF-8, a year before Christ. Neither does the server ever make a text that is much larger than was asked for: a row
 with a value of more than `_WIDE` bytes, or of which that cannot be ruled out without reading it (`_wide`), is left
 out, so there are fewer rows than were asked for.
@@ -22,7 +22,7 @@ https://www.postgresql.org/docs/current/functions-aggregate.html
 """
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from typing import Final
 
@@ -35,18 +35,19 @@ from figbridge.forward import values
 from figbridge.forward.table import Table
 
 Values = tuple[str, ...]  # of a row, as JSON, in the order of its columns
-Text = bytes | tuple[bytes, ...]  # of a block: lines, or what `Joint.block` has made
+Text = bytes | tuple[bytes, ...]  # of a block: lines, or the texts of `Joint.around`
 
 _PLAIN, _TEXT, _TIME = range(3)
 _WIDE: Final = 2000  # bytes; PostgreSQL moves larger values out of the row, as a rule
 _SMALL: Final = 100  # bytes on disk, which are 25 kB at most if they are compressed
-_WORD: Final = secrets.token_hex(8).encode()
-_NULL: Final = f"\x01{_WORD.decode()}"
+_WORD: Final = secrets.token_hex(8)
+_NULL: Final = f"\x01{_WORD}"
 _NUMBER: Final = str(-8 * 10**18 - secrets.randbelow(10**18))
 _MOMENT: Final = (
     f"{200_000 + secrets.randbelow(90_000)}-0{1 + secrets.randbelow(9)}-{10 + secrets.randbelow(19)} "
     f"12:{10 + secrets.randbelow(50)}:{10 + secrets.randbelow(50)}.{secrets.randbelow(10**5):05}7"
 )
+_NULL_THERE: Final = f'"\\u0001{_WORD}"'
 _NUMBER_THERE, _MOMENT_THERE = _NUMBER.encode(), _MOMENT.replace(" ", "T").encode()
 _PART: Final = 32 * 1024  # bytes
 _SEPARATOR: Final = b"\x7f"  # JSON has no escape for it, which orjson would take its time for
@@ -163,39 +164,28 @@ class Joint:
             sql.SQL(") AS a ({}){}").format(names, narrow),
         )
 
-    def block(self, rows: int, texts: Sequence[bytes]) -> tuple[bytes, ...] | None:
-        """The texts of `rows` rows, as they are kept until they leave. None where they are not so simple."""
+    def simple(self, rows: int, texts: Sequence[bytes]) -> bool:
+        """Whether these are the texts of `rows` rows, and `rows` makes of them what the stream would say."""
         # each search is for one character, of which the C library finds the next without a look at those between
-        plain, text, time = texts
-        if _NUMBER_THERE in plain:
-            plain = plain.replace(_NUMBER_THERE, b"null")
-        if self._counts[_TEXT]:
-            nulls = b"\x01" in text
-            try:
-                text = orjson.dumps(text.decode()).replace(_SEPARATOR, b'"\x7f"')
-            except UnicodeDecodeError:
-                return None
-            if nulls:
-                text = text.replace(b'"\\u0001%b"' % _WORD, b"null")
-        if self._counts[_TIME]:
-            if b"B" in time:  # BC
-                return None
-            time = (b'"%b"' % time).replace(b" ", b"T").replace(b"+", b"+00:")  # the zone is +00
-            if _MOMENT_THERE in time:
-                time = time.replace(b'"%b+00:00"' % _MOMENT_THERE, b"null").replace(b'"%b"' % _MOMENT_THERE, b"null")
-        found = plain, text, time
+        if b"B" in texts[_TIME]:  # BC
+            return False
         for group in self._doubtful:
-            if found[group].count(_SEPARATOR) + 1 != self._counts[group] * rows:
-                return None
-        return found
+            if texts[group].count(_SEPARATOR) + 1 != self._counts[group] * rows:
+                return False
+        text = texts[_TEXT]
+        return text.isascii() or _is_utf8(text)
 
-    def rows(self, block: tuple[bytes, ...]) -> Iterator[Values]:
-        """The rows of a block."""
-        fields = [chain.from_iterable(_split(it)) for it in block]
+    def rows(self, texts: Sequence[bytes]) -> Iterator[Values]:
+        """The rows of texts that are `simple`."""
+        plain, text, time = texts
+        fields = [
+            chain.from_iterable(_values(it, made))
+            for it, made in ((plain, _plain), (text, _text), (b'"%b"' % time, _time))
+        ]
         return zip(*[fields[group] for group in self._groups], strict=True)
 
-    def last(self, texts: Sequence[bytes]) -> Values | None:
-        """The last of them, of the texts as they came, for less than the block costs. None as `block`."""
+    def last(self, texts: Sequence[bytes]) -> Values:
+        """The last of them, for less than all of them cost."""
         tails = []
         for text, count, between in zip(texts, self._counts, _BETWEEN, strict=True):
             own = between.replace(r"\x7f", "\x7f").encode()
@@ -203,14 +193,39 @@ class Joint:
             if len(values) <= count:
                 values = text.rsplit(own, count)
             tails.append(own.join(values[-count:]) if count else b"")
-        found = self.block(1, tails)
-        return None if found is None else next(self.rows(found))
+        return next(self.rows(tails))
 
 
-def _split(text: bytes) -> Iterator[list[str]]:
-    """Its values, some at a time: all of them would be as many objects as a cache cannot hold."""
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _values(text: bytes, made: Callable[[bytes], str]) -> Iterator[list[str]]:
+    """Its values, some at a time: all of them would be as many objects, and as long a text, as a cache cannot hold."""
     begin = 0
     while (end := text.find(_SEPARATOR, begin + _PART)) >= 0:
-        yield text[begin:end].decode().split("\x7f")
+        yield made(text[begin:end]).split("\x7f")
         begin = end + 1
-    yield text[begin:].decode().split("\x7f")
+    yield made(text[begin:]).split("\x7f")
+
+
+def _plain(text: bytes) -> str:
+    if _NUMBER_THERE in text:
+        text = text.replace(_NUMBER_THERE, b"null")
+    return text.decode()
+
+
+def _text(text: bytes) -> str:
+    written = orjson.dumps(text.decode()).decode().replace("\x7f", '"\x7f"')
+    return written.replace(_NULL_THERE, "null") if b"\x01" in text else written
+
+
+def _time(text: bytes) -> str:
+    text = text.replace(b" ", b"T").replace(b"+", b"+00:")  # the zone is +00
+    if _MOMENT_THERE in text:
+        text = text.replace(b'"%b+00:00"' % _MOMENT_THERE, b"null").replace(b'"%b"' % _MOMENT_THERE, b"null")
+    return text.decode()

@@ -30,7 +30,7 @@ _PART: Final = 500  # rows that become lines at once; what has no room in a cach
 
 
 class Block(NamedTuple):
-    """Neighbouring rows, as `Layout.block` or `Joint.block` has made them."""
+    """Neighbouring rows, as `Layout.block` has made them, or as the server has joined them."""
 
     text: Text
     rows: int
