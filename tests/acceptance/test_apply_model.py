@@ -38,7 +38,7 @@ from fixtures.postgres import Database
 from fixtures.reverse import count
 from fixtures.scripted import ScriptedSource
 
-PATIENCE = 45  # seconds of the long run
+PATIENCE = 25  # seconds of the long run
 SCHEMA = """
     CREATE SCHEMA shop;
     CREATE TABLE shop.account (id int PRIMARY KEY, n int, note text);

@@ -58,7 +58,7 @@ def test_conversations_are_read_as_the_manual_says(conversation: list[bytes], st
         assert both(decoder, reference, message, start) is not None
 
 
-@settings(max_examples=800, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_damage_is_noticed_or_read_as_the_manual_says(data: st.DataObject) -> None:
     decoder, reference = Decoder(), Reference()
