@@ -190,7 +190,9 @@ def test_kill_9_at_random_moments_loses_nothing_repeats_nothing_and_loops_nothin
         Bridge(config, tmp_path / "reverse.log", "--only", "reverse", environment=environment) as reverse,
     ):
         with _working(writers, emitter, stop):
-            killers = [threading.Thread(target=_kill_often, args=(it, kills, chance.random)) for it in (forward, reverse)]
+            killers = [
+                threading.Thread(target=_kill_often, args=(it, kills, chance.random)) for it in (forward, reverse)
+            ]
             for killer in killers:
                 killer.start()
             for killer in killers:
