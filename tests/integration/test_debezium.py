@@ -5,15 +5,14 @@ https://debezium.io/documentation/reference/stable/connectors/postgresql.html#po
 
 import base64
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import orjson
 import pytest
 
 from figbridge.change import Lsn
-from figbridge.errors import SinkUnavailable
-from figbridge.event import Event, Rejection
+from figbridge.event import Event
+from figbridge.forward.source import ReplicationSource
 from figbridge.forward.table import Naming
 from figbridge.forward.versions import History
 from fixtures.clock import until
@@ -65,21 +64,24 @@ class Consumer:
         self.rows[name] = {column: old[column] if it == self.unavailable else it for column, it in row.items()}
 
 
-class Deaf(HeldSink):
-    """Sees everything and never says so: all of it comes again."""
+class Mute(ReplicationSource):
+    """Reads, and never tells the server how far: all of it comes again."""
 
-    def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
-        self.events += events
-        raise SinkUnavailable("no answer, by the test")
+    def send_status(self, *, written: Lsn, flushed: Lsn) -> None:  # noqa: ARG002 (that is the point)
+        super().send_status(written=written, flushed=Lsn(0))
+
+
+class MuteForward(Forward):
+    def make_source(self, dsn: str, publications: tuple[str, ...]) -> ReplicationSource:
+        return Mute(dsn, self.database.slot, publications)
 
 
 def sent(
-    database: Database, *prefixes: str, history: History | None = None, sink: HeldSink | None = None
+    database: Database, *prefixes: str, history: History | None = None, wired: type[Forward] = Forward
 ) -> list[Event]:
     """The events of all that has been committed behind the slot's place."""
-    sink = sink or HeldSink()
-    fenced = f"{FENCE}.emitted"
-    with Forward(database, messages=[FENCE, *prefixes], naming=DEBEZIUM, history=history, sink=sink) as forward:
+    sink, fenced = HeldSink(), f"{FENCE}.emitted"
+    with wired(database, messages=[FENCE, *prefixes], naming=DEBEZIUM, history=history, sink=sink) as forward:
         database.execute("SELECT pg_logical_emit_message(true, %s, '')", [FENCE])
         until(lambda: forward.failure or any(event.detail_type == fenced for event in sink.events), 20)
         assert forward.failure is None
@@ -171,7 +173,7 @@ def test_what_comes_again_is_the_same_byte_by_byte(database: Database) -> None:
     prepared(database, NOTE)
     database.execute(f"INSERT INTO note SELECT n, 'n', n, true, {BIG} FROM generate_series(1, 50) AS n")
     database.execute("UPDATE note SET id = id + 1000 WHERE id < 9")
-    once = {event.id: event for event in sent(database, sink=Deaf())}
+    once = {event.id: event for event in sent(database, wired=MuteForward)}
     again = sent(database)
     assert len(again) == 50 + 2 * 8
     assert {event.id: event for event in again} == once
