@@ -14,6 +14,7 @@ mapping.py      event → its key, its entity, its version, its statements
 statement.py    SQL, composed from the mapping alone; values are converted by PostgreSQL
 claim.py        the two statements on keys and versions
 transaction.py  one transaction of a batch, step by step; express.py: the same, sent at once, in hope
+novelty.py      whether rows are expected to be new, for express.py
 wire.py         statements ahead of their answers, for express.py
 guard.py        how a transaction marks itself, where the claim is not enough; touched.py: and what it touches
 apply.py        the batch, and the search for the event that spoils it; order.py: what may not go because of others

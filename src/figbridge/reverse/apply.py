@@ -42,6 +42,7 @@ from figbridge.event import Received
 from figbridge.reverse import conflict, express, order, transaction
 from figbridge.reverse.guard import LoopGuard
 from figbridge.reverse.mapping import Mapping, Work
+from figbridge.reverse.novelty import Novelty, Rows
 from figbridge.reverse.outcome import (
     PARENT_MISSING,
     UPDATE_MISSING,
@@ -98,6 +99,7 @@ class Applier:
         self._following: Callable[[], express.Parcel | None] = lambda: None
         self._prepares = True
         self._hope = express.Hope()
+        self._novelty = Novelty()
         self._connection: psycopg.Connection | None = None
         self._lane: express.Lane | None = None
 
@@ -148,7 +150,7 @@ class Applier:
         """
         if not self._hope.near or not self._simple(works) or len({work.identity for work in works}) < len(works):
             return None
-        return express.Parcel(works, alone=alone)
+        return express.Parcel(works, alone=alone, rows=self._novelty.next())
 
     def decide(self, work: Work, examiner: Examiner) -> Applied:
         """Apply one event, with `examiner` between it and the tables. Raises Suspects, and as `apply_all`."""
@@ -202,8 +204,7 @@ class Applier:
         ):
             return False
         try:
-            run = functools.partial(self._run_express, parcel=parcel)
-            applied = self._transaction(works, run, self._opened)
+            applied = self._hoped(works, parcel)
         except Suspects as suspects:
             self._hope.learn(fulfilled=False)
             self._divide(works, suspects, outcomes)
@@ -211,6 +212,16 @@ class Applier:
         self._hope.learn(fulfilled=applied is not None)
         outcomes |= applied or {}
         return applied is not None
+
+    def _hoped(self, works: Sequence[Work], parcel: express.Parcel | None) -> dict[Work, Applied] | None:
+        """As `express.Lane.run`. A row that was there after all is no disappointment, or none but for `novelty`."""
+        made = parcel if parcel and parcel.works == works else express.Parcel(works)
+        run = functools.partial(self._run_express, parcel=made)
+        applied = self._transaction(works, run, self._opened)
+        self._novelty.learn(made.rows, new=applied is not None and made.new)
+        if applied is None and made.rows is Rows.NEW:
+            return self._hoped(works, None)
+        return applied
 
     def _solve(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> None:
         works = order.not_behind(works, outcomes)
@@ -262,15 +273,14 @@ class Applier:
     def _run_express(
         self,
         connection: psycopg.Connection,
-        works: Sequence[Work],
+        _works: Sequence[Work],
         begin: Sequence[bytes],
         *,
-        parcel: express.Parcel | None,
+        parcel: express.Parcel,
     ) -> dict[Work, Applied] | None:
-        made = parcel if parcel and parcel.works == works else express.Parcel(works)
         if self._lane is None or self._lane.connection is not connection:
             self._lane = express.Lane(connection)
-        return self._lane.run(made, begin, self._step, self._following)
+        return self._lane.run(parcel, begin, self._step, self._following)
 
     def _step(self, step: str) -> None:
         if step == "executed":

@@ -52,16 +52,23 @@ _ROWLESS: Final = """
         ON p.scope = c.scope AND p.identity = c.identity
     GROUP BY p.scope, p.identity HAVING bool_and(p.row_missing)
 """
-# tells how many; that is all that is asked for in hope
-HOPED_VERSIONS: Final = """
+# For entities that nobody had, as is expected: 23505 where somebody did (`novelty`).
+NEW_VERSIONS: Final = """
     INSERT INTO figbridge.entity_version AS v (scope, identity, version, deleted)
     SELECT c.scope, c.identity, c.version, c.deleted
     FROM unnest($1::text[], $2::text[], $3::numeric[], $4::bool[]) AS c (scope, identity, version, deleted)
     ORDER BY c.scope COLLATE "C", c.identity COLLATE "C"
+"""
+# tells how many; that is all that is asked for in hope
+HOPED_VERSIONS: Final = f"""{NEW_VERSIONS}
     ON CONFLICT (scope, identity) DO UPDATE
     SET version = EXCLUDED.version, deleted = EXCLUDED.deleted, updated_at = now() WHERE v.version < EXCLUDED.version
-"""
+"""  # noqa: S608 (constants)
 VERSIONS: Final = f"{HOPED_VERSIONS} RETURNING v.scope, v.identity"
+ENTITIES_THERE: Final = """
+    SELECT FROM figbridge.entity_version v
+    JOIN unnest($1::text[], $2::text[]) AS c (scope, identity) ON v.scope = c.scope AND v.identity = c.identity
+"""
 REUSED: Final = Applied(
     Outcome.DEAD_LETTER,
     KEY_REUSE,
@@ -110,7 +117,7 @@ def _compared(work: Work, known: bytes) -> Applied:
 
 
 def versions(works: Sequence[Work]) -> list[str]:
-    """The parameters of `VERSIONS`, for works that have one."""
+    """The parameters of `VERSIONS`, for works that have one; the first two are those of `ENTITIES_THERE`."""
     return [
         *_pairs([work.entity for work in works]),
         f"{{{','.join([work.version or '' for work in works])}}}",

@@ -3,9 +3,10 @@
     round trip 1   BEGIN · timeouts · claim · versions · statements     (transaction.py needs four for these)
     round trip 2   COMMIT                                               and behind it round trip 1 of the next batch
 
-It is sent in the hope that all keys are new and all versions newer, as they are nearly always. Where one is not, where
-a row is missing or a statement fails, the transaction is rolled back and `transaction` does it again, step by step.
-A key that is known is an error in the server's log, so what is delivered again is not tried this way at all.
+It is sent in the hope that all keys are new and all versions newer, as they are nearly always; and where rows have been
+new for a while, that they are, too (`novelty`). Where one is not, where a row is missing or a statement fails, the
+transaction is rolled back and `transaction` does it again, step by step. A key that is known is an error in the
+server's log, so what is delivered again is not tried this way at all.
 
 INVARIANT. COMMIT is sent only after all answers have been read and every one of them is what was hoped for. So whatever
 a statement did for an event that should not have been applied is never committed.
@@ -29,7 +30,9 @@ import psycopg
 from figbridge.errors import BridgeError
 from figbridge.reverse import claim, transaction
 from figbridge.reverse.mapping import Work
+from figbridge.reverse.novelty import Rows
 from figbridge.reverse.outcome import Applied, contended
+from figbridge.reverse.statement import finding, inserting
 from figbridge.reverse.transaction import Suspects
 from figbridge.reverse.wire import Wire
 
@@ -70,15 +73,19 @@ class Hope:
 class Parcel:
     """What is sent for `works`, whose keys all differ: statements and parameters. Needs no connection.
 
-    `alone` as for `claim.claims`.
+    `alone` as for `claim.claims`. `rows` is what is known of them, and UNKNOWN where it makes no difference.
     """
 
-    def __init__(self, works: Sequence[Work], *, alone: bool = False) -> None:
+    def __init__(self, works: Sequence[Work], *, alone: bool = False, rows: Rows = Rows.UNKNOWN) -> None:
         self.works = list(works)
         self.claims = claim.claims(works, alone=alone)
         self.segments = [_Segment(segment) for segment in transaction.segments(works)]
         # whether all of it is ours, and none the user's own SQL
         self.plain = all(shape is not None for it in self.segments for _, _, shape, _ in it.todo)
+        # an entity's second event finds what the first one wrote
+        makes = self.plain and all(shape and shape.makes_row for it in self.segments for _, _, shape, _ in it.todo)
+        self.new = False  # whether none of the rows was there; known when it was applied
+        self.rows = rows if makes and [it.versioned for it in self.segments] == [len(works)] else Rows.UNKNOWN
 
 
 class _Segment:
@@ -128,6 +135,7 @@ class Lane:
             outcomes = sent.outcomes()
             if outcomes is None:
                 return None
+            parcel.new = sent.new
             on_step("executed")
             done = wire.send(b"COMMIT")
             wire.sync()
@@ -229,6 +237,7 @@ class _Sent:
         self._send, self._begun = send, begun
         self._counted: list[tuple[transaction.Answer, int]] = []  # each is to have an answer of so many rows
         self._segments: list[tuple[list[Work], list[transaction.Sent]]] = []
+        self._there: list[transaction.Answer] = []
 
     def all(self, begin: Sequence[bytes]) -> None:
         """Send everything."""
@@ -237,13 +246,30 @@ class _Sent:
         self._count(claim.HOPED_CLAIM, self.parcel.claims, len(self.parcel.works))
         self._begun()
         for segment in self.parcel.segments:
+            rows = self.parcel.rows
+            if rows is Rows.ASKED:
+                self._look_for(segment)
             if segment.versioned:
-                self._count(claim.HOPED_VERSIONS, segment.versions, segment.versioned)
+                versions = claim.NEW_VERSIONS if rows is Rows.NEW else claim.HOPED_VERSIONS
+                self._count(versions, segment.versions, segment.versioned)
             sent: list[transaction.Sent] = []
             self._segments.append((segment.works, sent))
-            for query, parameters, shape, members in segment.todo:
+            for hoped, parameters, shape, members in segment.todo:
+                query = inserting(shape) if shape and rows is Rows.NEW else hoped
                 answer = self._send(query, parameters, prepare=transaction.keeps_plan(shape))
                 sent.append(transaction.Sent(answer, query, shape, members))
+
+    def _look_for(self, segment: _Segment) -> None:
+        """Which of its entities and rows are there. Not prepared: see `transaction.keeps_plan`."""
+        self._there.append(self._send(claim.ENTITIES_THERE, segment.versions[:2]))
+        for _, parameters, shape, _ in segment.todo:
+            if shape and shape.action == "upsert":
+                self._there.append(self._send(finding(shape), parameters))
+
+    @property
+    def new(self) -> bool:
+        """Whether none of those that were looked for was there."""
+        return not any(answer.rowcount for answer in self._there)
 
     def _count(self, query: str, parameters: Sequence[str | bytes], rows: int) -> None:
         self._counted.append((self._send(query, parameters, prepare=True), rows))

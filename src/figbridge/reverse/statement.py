@@ -110,5 +110,15 @@ def compose(shape: Shape) -> bytes:
     return sql.SQL("{} ON CONFLICT ({}) {}").format(insert, _each("{c}", key, ", "), resolution).as_bytes(None)
 
 
+def finding(shape: Shape) -> bytes:
+    """The query that only finds the rows of `shape`, with the same parameter."""
+    return compose(Shape("update", shape.table, shape.key, ()))
+
+
+def inserting(shape: Shape) -> bytes:
+    """The SQL of an insert or an upsert of which every row is new."""
+    return compose(Shape("insert", shape.table, shape.key, shape.columns))
+
+
 def _each(template: str, columns: list[str], separator: str) -> sql.Composed:
     return sql.SQL(separator).join(sql.SQL(template).format(c=sql.Identifier(column)) for column in columns)
