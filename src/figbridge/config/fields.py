@@ -24,9 +24,14 @@ _TABLE = re.compile(rf"({_IDENTIFIER})\.({_IDENTIFIER})")
 
 
 class Section(BaseModel):
-    """A part of the file. Unknown keys are errors: a misspelt option must not be a silent default."""
+    """A part of the file. Unknown keys are errors: a misspelt option must not be a silent default.
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    Its validator is made when it is first asked: a section that is a part of another one is made with that.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, defer_build=True
+    )
 
 
 def split_table(text: str) -> tuple[str, str]:
