@@ -519,11 +519,11 @@ def test_no_setting_outlives_the_transaction(shop: Database, make: Make) -> None
     applier = make(shop, lock_timeout=0.05, statement_timeout=0.05)
     applier.apply(event({"id": 1, "status": "new"}), mapping("insert"))
     applier.apply(event({"id": 1, "status": "text"}), mapping("update", set={"quantity": "detail.status"}))
-    assert applier._connection is not None
+    assert applier._session._connection is not None
     names = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout")
-    shown = [applier._connection.execute(f"SHOW {name}").fetchone() for name in names]
+    shown = [applier._session._connection.execute(f"SHOW {name}").fetchone() for name in names]
     assert shown == [("0",), ("0",), ("0",)]
-    assert applier._connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+    assert applier._session._connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
 
 
 def test_a_commit_is_durable_even_where_the_role_says_it_need_not_be(shop: Database, make: Make) -> None:
@@ -586,8 +586,8 @@ def test_a_backend_that_is_killed_between_statement_and_commit_costs_nothing(eac
 
     def kill(step: str) -> None:
         if step == "executed" and next(kills, False):
-            assert applier._connection is not None
-            each_shop.execute("SELECT pg_terminate_backend(%s, 5000)", [applier._connection.info.backend_pid])
+            assert applier._session._connection is not None
+            each_shop.execute("SELECT pg_terminate_backend(%s, 5000)", [applier._session._connection.info.backend_pid])
 
     applier, received = make(each_shop, on_step=kill), event({"id": 1, "status": "new"})
     with pytest.raises(LegacyUnavailable):

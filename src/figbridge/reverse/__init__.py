@@ -17,6 +17,7 @@ transaction.py  one transaction of a batch, step by step; express.py: the same, 
 novelty.py      whether rows are expected to be new, for express.py
 wire.py         statements ahead of their answers, for express.py
 guard.py        how a transaction marks itself, where the claim is not enough; touched.py: and what it touches
+session.py      the connection
 apply.py        the batch, and the search for the event that spoils it; order.py: what may not go because of others
 policy.py       a statement's rules for conflicts: lock the rows, and compare them with what was expected
 verdict.py      who wins

@@ -26,18 +26,14 @@ The first try is the express one (`express`); whatever disappoints it is done st
 Refuses: prepared statements behind a pooler, and guessing after a lost COMMIT: the claim of the next try knows.
 """
 
-import contextlib
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 import psycopg
-from psycopg import conninfo
-from psycopg.pq import TransactionStatus
 
 from figbridge import legacy
-from figbridge.errors import LegacyUnavailable, OriginInUse
+from figbridge.errors import LegacyUnavailable
 from figbridge.event import Received
 from figbridge.reverse import conflict, express, order, transaction
 from figbridge.reverse.guard import LoopGuard
@@ -55,6 +51,7 @@ from figbridge.reverse.outcome import (
     words,
 )
 from figbridge.reverse.parents import missing_parent
+from figbridge.reverse.session import Session
 from figbridge.reverse.statement import Statement
 from figbridge.reverse.transaction import Examiner, Suspects
 
@@ -88,20 +85,16 @@ class Applier:
         refuse: Callable[[psycopg.Connection, Work, psycopg.Error, str], Examiner | Applied | None] = conflict.refusal,
         on_step: Callable[[str], None] = lambda _step: None,
     ) -> None:
-        # identifiers and keys are sent as UTF-8, whatever the encoding of the database is; the server converts
-        self._dsn = conninfo.make_conninfo(dsn, client_encoding="UTF8")
         self._begin = transaction.beginning(_milliseconds(statement_timeout), _milliseconds(lock_timeout))
-        self._patience = statement_timeout + legacy.PATIENCE  # the server's own end of a statement comes first
+        # the server's own end of a statement comes first
+        self._session = Session(dsn, guard, patience=statement_timeout + legacy.PATIENCE)
         self._guard = guard
         self._examine, self._refuse = examine, refuse
         self._on_step = on_step
         self._may_commit: Callable[[], None] = lambda: None
         self._following: Callable[[], express.Parcel | None] = lambda: None
-        self._prepares = True
         self._hope = express.Hope()
         self._novelty = Novelty()
-        self._connection: psycopg.Connection | None = None
-        self._lane: express.Lane | None = None
 
     def apply(self, event: Received, mapping: Mapping) -> Applied:
         """Apply one event; as `apply_all`, but raises LegacyUnavailable when somebody else has the row."""
@@ -158,37 +151,11 @@ class Applier:
 
     def connection(self) -> psycopg.Connection:
         """The connection, in autocommit mode and idle, for questions to the catalogue and the park."""
-        if self._lane:
-            self._lane.clear()
-        return self._opened()
-
-    def _opened(self) -> psycopg.Connection:
-        """The connection, perhaps with a transaction that was sent ahead."""
-        if self._connection is None or self._connection.closed:
-            connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
-            if self._prepares and legacy.direct(connection):
-                connection.prepare_threshold = sys.maxsize  # what asks for it by itself, and nothing else
-            if self._guard:
-                self._open_guard(self._guard, connection)
-            self._connection, self._lane = connection, None
-        return self._connection
+        return self._session.idle()
 
     def close(self) -> None:
         """Close the connection. May be called twice."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = self._lane = None
-
-    @staticmethod
-    def _open_guard(guard: LoopGuard, connection: psycopg.Connection) -> None:
-        try:
-            guard.opened(connection)
-        except psycopg.Error as error:
-            connection.close()  # it would write without a mark
-            raise unavailable(error) from error
-        except OriginInUse:
-            connection.close()
-            raise
+        self._session.close()
 
     def _simple(self, works: Sequence[Work]) -> bool:
         """Whether nothing stands between `works` and the tables."""
@@ -217,7 +184,7 @@ class Applier:
         """As `express.Lane.run`. A row that was there after all is no disappointment, or none but for `novelty`."""
         made = parcel if parcel and parcel.works == works else express.Parcel(works)
         run = functools.partial(self._run_express, parcel=made)
-        applied = self._transaction(works, run, self._opened)
+        applied = self._transaction(works, run, self._session.opened)
         self._novelty.learn(made.rows, new=applied is not None and made.new)
         if applied is None and made.rows is Rows.NEW:
             return self._hoped(works, None)
@@ -278,9 +245,7 @@ class Applier:
         *,
         parcel: express.Parcel,
     ) -> dict[Work, Applied] | None:
-        if self._lane is None or self._lane.connection is not connection:
-            self._lane = express.Lane(connection)
-        return self._lane.run(parcel, begin, self._step, self._following)
+        return self._session.lane(connection).run(parcel, begin, self._step, self._following)
 
     def _step(self, step: str) -> None:
         if step == "executed":
@@ -305,14 +270,14 @@ class Applier:
             raise_if_bug(error)
             raise unavailable(error) from error
         finally:
-            self._leave_clean(connection)
+            self._session.leave_clean(connection)
 
     def _raise_if_not_the_events(self, error: psycopg.Error, *, claiming: bool) -> None:
         if contended(error):
             return
         if error.sqlstate in express.NOT_PREPARED:
-            self._prepares = False
-            self.close()
+            self._session.prepares = False
+            self._session.close()
             raise LegacyUnavailable(
                 "a prepared statement is gone: a pooler gives our session to others",
                 hint="nothing is lost; the bridge goes on without prepared statements",
@@ -365,18 +330,6 @@ class Applier:
             return missing_parent(self.connection(), error, documents)
         except psycopg.Error as unknown:
             raise unavailable(unknown) from unknown
-
-    def _leave_clean(self, connection: psycopg.Connection) -> None:
-        """No transaction stays open between two events but one sent ahead, and no broken connection is kept."""
-        if self._lane and self._lane.ahead and not connection.closed:
-            return
-        if not connection.closed and connection.info.transaction_status != TransactionStatus.IDLE:
-            with contextlib.suppress(psycopg.Error):
-                connection.execute("ROLLBACK")
-        if connection.closed or connection.info.transaction_status != TransactionStatus.IDLE:
-            with contextlib.suppress(psycopg.Error):
-                connection.close()
-            self._connection = self._lane = None
 
 
 def _milliseconds(seconds: float) -> int:
