@@ -103,6 +103,5 @@ def test_the_collector_looks_rarely_and_not_at_what_was_there_before() -> None:
         assert sys.getswitchinterval() < interval
         assert gc.isenabled()
     finally:
-        gc.unfreeze()
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
