@@ -296,7 +296,9 @@ def _dropped(database: Database) -> bool:
 
 
 def test_the_lag_grows_while_the_sink_takes_nothing_and_nothing_is_read(prepared: Database) -> None:
-    with Guarded(prepared, buffer_bytes=1024) as forward:
+    # the lag is looked at with each status, of which there are four in the time
+    often = f"{prepared.dsn} options='-c wal_sender_timeout=8s'"
+    with Guarded(prepared, dsn=often, buffer_bytes=1024) as forward:
         forward.until_streaming()
         forward.sink.open.clear()
         prepared.execute("INSERT INTO thing SELECT generate_series(1, 100)")
