@@ -103,6 +103,12 @@ class Running:
         return self.metrics.registry.get_sample_value("figbridge_reverse_events_total", {"outcome": name}) or 0
 
 
+@pytest.fixture(autouse=True)
+def _short_receives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a test waits for one."""
+    monkeypatch.setattr("figbridge.reverse.consume._WAIT", 0.1)
+
+
 @pytest.fixture
 def legacy(each_database: Database) -> Database:
     each_database.execute((resources.files("figbridge") / "schema.sql").read_text())

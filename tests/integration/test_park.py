@@ -91,6 +91,12 @@ class Bridge:
         return str({name: self.outcome(name) for name in ("applied", "duplicate", "ignored", "retried", "dead_letter")})
 
 
+@pytest.fixture(autouse=True)
+def _short_receives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a test waits for one."""
+    monkeypatch.setattr("figbridge.reverse.consume._WAIT", 0.1)
+
+
 @pytest.fixture
 def shop(database: Database) -> Database:
     return make_shop(database)
