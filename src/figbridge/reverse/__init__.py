@@ -7,7 +7,8 @@
       │                        dead letters ◀─ poison ┤   4. COMMIT
       └──────────────── acknowledge ◀─────────────────┘
 
-consume.py      the loop: while a batch is applied, the next one is received and parsed; item.py: one delivery in it
+consume.py      the loop: while a batch is applied, others are received and parsed; item.py: one delivery in it
+hands.py        the batches in hand, for consume.py
 message.py      bytes → event, exact to the last digit
 values.py       what a path yields: absent is not null
 mapping.py      event → its key, its entity, its version, its statements

@@ -1,4 +1,4 @@
-"""The loop of the reverse path: receive, apply, settle; while a batch is applied, the next one is received and parsed.
+"""The loop of the reverse path: receive, apply, settle; while a batch is applied, others are received and parsed.
 
     batch n     apply, in a thread of its own ─────▶ park what waits ▶ dead letters ▶ acknowledge
     batch n+1   receive ▶ prepare, in this thread ─▶ apply, as soon as nothing of n waits any more ▶ …
@@ -27,9 +27,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal
 
 import structlog
 
@@ -40,6 +40,7 @@ from figbridge.metrics import Metrics
 from figbridge.retry import Stopped, persist
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
+from figbridge.reverse.hands import Hand, Hands
 from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, letter, tell
 from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
@@ -130,42 +131,45 @@ class Consumer:
         self._look_around(stop)
 
     def _loop(self, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
-        hand: _Hand | None = None
+        hands = Hands(pool, partial(self._apply, stop=stop), stop)
         received: list[Item] = []
         if self._drift:  # before the first event: an insert's entity is its primary key
             persist(self._drift.look, what="look at the catalogue", stop=stop)
         try:
             while not stop.is_set():
-                wait = 0.0 if hand else _LOOK if self._parked else _WAIT
+                wait = 0.0 if hands else _LOOK if self._parked else _WAIT
                 deliveries = persist(lambda wait=wait: self._source.receive(wait=wait), what="receive", stop=stop)  # type: ignore[misc]
                 received = [self._prepared(delivery) for delivery in deliveries]
                 parts = self._parts(received)
-                ahead = done = None
-                if hand and received and not self._due():
-                    ahead = pool.submit(self._apply_behind, hand[1], parts, stop)
-                    _announce(parts, hand[2])
-                if hand:
-                    if hand[1].result():
-                        ahead = None  # it did nothing
-                    done = hand[0]
-                    self._keep_waiting(done, stop)
-                    hand = None
-                if ahead is None:  # so the connection is idle
+                idle = not received or self._due()
+                while hands and (idle or hands.full):
+                    self._finish(hands, stop)
+                if not hands:  # so the connection is idle
                     self._look_around(stop)
-                    ahead = pool.submit(self._apply, parts, stop) if received else None
-                if ahead:
-                    hand, received = (received, ahead, parts), []
-                if done:
-                    self._settle(done, stop)
+                if received:
+                    hands.take(Hand(received, parts))
+                    received = []
         finally:
-            # whether the batch in hand was settled is not known; a repetition is harmless
+            # whether a batch in hand was settled is not known; a repetition is harmless
             with contextlib.suppress(Stopped):
-                if hand:
-                    hand[1].result()
-                    self._keep_waiting(hand[0], stop)
-                    self._settle(hand[0], stop)
-                    hand = None
-            _release([it.delivery for it in [*(hand[0] if hand else ()), *received]])
+                while hands:
+                    hand, held_up = hands.oldest()
+                    if held_up is None:  # it was not begun
+                        break
+                    self._keep_waiting(hand.items, stop)
+                    self._settle(hand.items, stop)
+                    hands.leave()
+            _release([*hands.deliveries(), *[it.delivery for it in received]])
+
+    def _finish(self, hands: Hands, stop: threading.Event) -> None:
+        """Wait for the oldest of them; then nothing of it is left to do."""
+        hand, held_up = hands.oldest()
+        self._keep_waiting(hand.items, stop)
+        hands.leave()
+        if held_up:  # those behind it did nothing, so the connection is idle
+            self._look_around(stop)
+            hands.renew()
+        self._settle(hand.items, stop)
 
     def _prepared(self, delivery: Delivery | Parked) -> Item:
         """Everything about a delivery that needs no database."""
@@ -216,13 +220,6 @@ class Consumer:
     def _holds_up(self, outcomes: Iterable[Applied]) -> bool:
         """Whether something is to be done about these before the next batch."""
         return any(it.outcome is Outcome.RETRY for it in outcomes if it is not DONE)
-
-    def _apply_behind(self, before: "Future[bool]", parts: Sequence[Part], stop: threading.Event) -> bool:
-        """As `_apply`; nothing if `before`, which has ended, failed or holds them up.
-
-        They wait in the pool, so that the server has work at once when it is through with the batch before.
-        """
-        return before.exception() is None and not before.result() and self._apply(parts, stop)
 
     def _apply(self, parts: Sequence[Part], stop: threading.Event) -> bool:
         """Apply them; the outcomes go into the items. Whether these hold up the next batch.
@@ -356,16 +353,6 @@ class Consumer:
             stack.callback(self._dead_letters.close)
             stack.callback(self._applier.close)
             stack.callback(self._source.close)
-
-
-# a batch, the end of its transactions (`Consumer._apply`), and what each of them is for
-_Hand: TypeAlias = tuple[list[Item], Future[bool], list[Part]]
-
-
-def _announce(parts: Sequence[Part], before: Sequence[Part]) -> None:
-    """Say to the last one of `before`, which may be at work, that `parts` come next."""
-    if parts and before:
-        before[-1].behind = parts[0].parcel
 
 
 class _Lost(Exception):
