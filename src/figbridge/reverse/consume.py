@@ -29,7 +29,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, Literal
+from operator import attrgetter
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -50,6 +51,7 @@ from figbridge.transports import Delivery, Source
 
 _log = structlog.get_logger()
 
+_LOST: Final = attrgetter("lost")
 _WAIT: Final = 2.0  # seconds of one empty receive, and so the longest that a soft stop waits for the queue
 _LOOK: Final = 0.25  # seconds between two looks into a park that is not empty
 _LOOK_INTO_EMPTY: Final = 2.0  # and into one that was: another replica may have parked something
@@ -324,16 +326,14 @@ class Consumer:
         for item in others:
             if item.applied and item.applied.outcome is not Outcome.APPLIED:
                 tell(item, self._bare)
-        waits = {Outcome.RETRY}
-        parked = [
-            it.delivery
-            for it in items
-            if isinstance(it.delivery, Parked) and it.applied and it.applied.outcome not in waits
-        ]
-        if parked:
-            persist(lambda: self._park.remove(parked), what="leave the park", stop=stop)
-        if delivered := [it.delivery for it in items if not (isinstance(it.delivery, Parked) or it.delivery.lost)]:
-            persist(lambda: self._source.acknowledge(delivered), what="acknowledge", stop=stop)
+        if items and isinstance(items[0].delivery, Parked):  # so they are all: a batch is of one place
+            done = [it for it in items if it.applied and it.applied.outcome is not Outcome.RETRY]
+            if gone := [it.delivery for it in done if isinstance(it.delivery, Parked)]:
+                persist(lambda: self._park.remove(gone), what="leave the park", stop=stop)
+        else:
+            handed: list[Any] = [item.delivery for item in items]
+            if ours := [it for it in handed if not it.lost] if _lost(handed) else handed:
+                persist(lambda: self._source.acknowledge(ours), what="acknowledge", stop=stop)
         self._tally(others, len(items) - len(others))
 
     def _tally(self, items: Sequence[Item], done: int) -> None:
@@ -360,7 +360,7 @@ class _Lost(Exception):
 
 
 def _lost(deliveries: Sequence[Delivery | Parked]) -> bool:
-    return any(it.lost for it in deliveries)
+    return any(map(_LOST, deliveries))
 
 
 def _require(deliveries: Sequence[Delivery | Parked]) -> None:

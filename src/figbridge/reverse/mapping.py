@@ -124,7 +124,7 @@ class _Row:
             key = found[: len(self._key)]
             if None not in key:
                 values = dict(zip(self._columns, found))  # noqa: B905 (`Fields` yields as many, and to look costs)
-                return key, Statement(self._whole, write(values, self._field))
+                return key, tuple.__new__(Statement, (self._whole, write(values, self._field)))
         values = self.key_of(document)
         named = tuple(values.values())
         present = []
@@ -226,9 +226,12 @@ class Mapping:
         else:
             statements = self.statements(event)
             key = tuple(self._first.key_of(document).values()) if self._first else ()
-        identity = self._identity(event, key)
+        if len(key) == 1 and type(key[0]) is int and self._entity is None:
+            identity = str(key[0])
+        else:
+            identity = self._identity(event, key)
         return Work(
-            Named(event.id, event.source, event.detail_type),
+            tuple.__new__(Named, event[:3]),
             self,
             (event.source, self.idempotency_key(event)),
             payload_hash(event),

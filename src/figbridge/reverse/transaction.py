@@ -26,7 +26,6 @@ startup options are refused by it (https://www.pgbouncer.org/features.html).
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import attrgetter
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import psycopg
@@ -236,9 +235,14 @@ class _Group:
         for part, shape in enumerate(self.shapes):
             # rows are locked in the order of the documents, so that two batches meet at the first row they share;
             # an insert keeps the events' order, by which the table numbers its rows
-            works = sorted(self.works, key=attrgetter("entity")) if shape.action in _SORTED else self.works
+            works = sorted(self.works, key=_identity) if shape.action in _SORTED else self.works
             documents = [work.statements[part].document for work in works]  # type: ignore[union-attr]  # it has shapes
             yield compose(shape), [f"[{','.join(documents)}]"], shape, works
+
+
+def _identity(work: Work) -> str:
+    """Which row of its scope, which is that of all works of one shape, it is about."""
+    return work.entity[1]
 
 
 def _shapes(work: Work) -> tuple[Shape, ...] | None:
