@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from figbridge import canary
 from figbridge.change import Lsn
-from figbridge.config import MappingSection, StatementSection, split_table
+from figbridge.config import MappingSection, StatementSection, Value, split_table
 from figbridge.errors import ConfigError, Problem
 from figbridge.event import Named, Received
 from figbridge.reverse.message import Malformed, hops, payload_hash, storable, write
@@ -83,9 +83,9 @@ class Work:
 
 
 class _Row:
-    """The statement of one row: an action on a table."""
+    """The statement of one row: an action on a table. The path `version` is looked up with those of the values."""
 
-    def __init__(self, section: StatementSection) -> None:
+    def __init__(self, section: StatementSection, version: str | None = None) -> None:
         assert section.into is not None  # noqa: S101 (`StatementSection` has checked it)
         assert section.action is not None  # noqa: S101
         self.action: Action = "soft" if section.soft else section.action
@@ -96,7 +96,10 @@ class _Row:
         self._field = f"the columns for {'.'.join(self.table)}"
         # nearly every event has all of them
         self._columns = (*section.key, *written)
-        self._fields = Fields([*section.key.values(), *written.values()]).get
+        values = [*section.key.values(), *written.values()]
+        versioned = Fields([*values, Value(version)]).get if version is not None else None
+        self._versioned = versioned is not None
+        self._fields = versioned or Fields(values).get
         self._shapes: dict[tuple[str, ...], Shape] = {}
         self._whole = self._shape(tuple(written))
         self.policy = Policy(section, section.rules) if section.rules else None
@@ -118,13 +121,14 @@ class _Row:
             return {}
         return {column: found[column] for column in names}
 
-    def row(self, document: Document) -> tuple[Sequence[Any], Statement]:
-        """The values of the key, in its order, and the statement. Raises Malformed."""
+    def row(self, document: Document) -> tuple[Sequence[Any], Statement, Any]:
+        """The values of the key, in its order, the statement, and the version if it was found. Raises Malformed."""
         if self._fields is not None and (found := self._fields(document)) is not None:
             key = found[: len(self._key)]
             if None not in key:
-                values = dict(zip(self._columns, found))  # noqa: B905 (`Fields` yields as many, and to look costs)
-                return key, tuple.__new__(Statement, (self._whole, write(values, self._field)))
+                values = dict(zip(self._columns, found))  # noqa: B905 (a version is behind them, and to look costs)
+                statement = tuple.__new__(Statement, (self._whole, write(values, self._field)))
+                return key, statement, found[-1] if self._versioned else None
         values = self.key_of(document)
         named = tuple(values.values())
         present = []
@@ -133,7 +137,7 @@ class _Row:
             if value is not ABSENT:
                 values[column] = value
                 present.append(column)
-        return named, Statement(self._shape(tuple(present)), write(values, self._field))
+        return named, Statement(self._shape(tuple(present)), write(values, self._field)), None
 
     def statements(self, document: Document) -> Iterable[Statement]:
         """One. Raises Malformed."""
@@ -193,10 +197,11 @@ class Mapping:
 
     def __init__(self, section: MappingSection) -> None:
         self.section = section
-        self._parts = [_part(part) for part in section.parts]
+        alone = len(section.parts) == 1
+        self._parts = [_part(part, section.version if alone else None) for part in section.parts]
         first = self._parts[0]
         self._first = first if isinstance(first, _Row) else None
-        self._alone = self._first if len(self._parts) == 1 else None
+        self._alone = self._first if alone else None
         # whether it brings the row that an update may wait for
         self.makes_row = self._first is not None and self._first.action in {"insert", "upsert"}
         self.scope = ".".join(first.table) if isinstance(first, _Row) else "/".join(section.match.source)
@@ -220,8 +225,9 @@ class Mapping:
         document = event.document
         statements: Sequence[Statement | Free]
         key: Sequence[Any]
+        version = None
         if self._alone is not None:  # nearly always; the key's paths are walked once
-            key, statement = self._alone.row(document)
+            key, statement, version = self._alone.row(document)
             statements = (statement,)
         else:
             statements = self.statements(event)
@@ -236,7 +242,7 @@ class Mapping:
             (event.source, self.idempotency_key(event)),
             payload_hash(event),
             (self.scope, identity if len(identity) <= _LONGEST else hashlib.sha256(identity.encode()).hexdigest()),
-            _version(self._version, document) if self._version else None,
+            str(version) if type(version) is int else _version(self._version, document) if self._version else None,
             statements,
             hops(event),
             again,
@@ -281,9 +287,9 @@ class Mapping:
         return write([_text(values[column], column) for column in sorted(values)], "the key")
 
 
-def _part(section: StatementSection) -> _Row | _Sql | _Call:
+def _part(section: StatementSection, version: str | None) -> _Row | _Sql | _Call:
     if section.into is not None:
-        return _Row(section)
+        return _Row(section, version)
     return _Sql(section) if section.sql is not None else _Call(section)
 
 
