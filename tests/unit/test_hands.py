@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,16 +59,25 @@ def taken(hands: Hands, *names: str) -> list[Hand]:
     return made
 
 
-def test_they_are_applied_in_their_order_and_one_more_is_taken_than_is_ready(hands: Hands, applying: Applying) -> None:
-    first, *others = taken(hands, "a", "b")
+def test_they_are_applied_in_their_order_and_some_are_ready(hands: Hands, applying: Applying) -> None:
+    made = taken(hands, *"abcd")
     assert not hands.full
-    others += taken(hands, "c")
-    assert hands.full, "one at work and two behind it"
-    applying.free.release(3)
-    for hand in (first, *others):
+    made += taken(hands, "e")
+    assert hands.full, "one at work and four behind it"
+    applying.free.release(5)
+    for hand in made:
         assert hands.oldest() == (hand, False)
         hands.leave()
-    assert (len(hands), applying.begun) == (0, ["a", "b", "c"])
+    assert (len(hands), applying.begun) == (0, [*"abcde"])
+
+
+def test_of_large_messages_there_are_fewer(hands: Hands, applying: Applying) -> None:
+    large = Item(SimpleNamespace(body=bytes(9 * 1024 * 1024)))  # it is only weighed
+    for number in range(2):
+        assert not hands.full
+        hands.take(Hand([large], [part(number)]))
+    assert hands.full
+    applying.free.release(2)
 
 
 def test_one_that_is_done_is_to_be_settled_whatever_room_there_is(hands: Hands, applying: Applying) -> None:
@@ -113,7 +123,7 @@ def test_after_the_stop_nothing_is_begun(hands: Hands, applying: Applying, stop:
 
 
 def test_the_last_transaction_of_a_batch_knows_the_first_of_the_next(hands: Hands, applying: Applying) -> None:
-    items = [Item(delivery) for delivery in (object(), object())]  # type: ignore[arg-type]  # nobody looks at them
+    items = [Item(SimpleNamespace(body=b"")) for _ in range(2)]  # nobody looks at them
     first, second = [part("a"), part("b")], [part("c"), part("d")]
     hands.take(Hand(items[:1], first))
     hands.take(Hand(items[1:], second))

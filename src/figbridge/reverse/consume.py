@@ -259,9 +259,9 @@ class Consumer:
 
             outcomes = persist(once, what="apply", stop=stop, on_retry=count)
             for item, work in zip(part.items, part.works, strict=True):
-                item.applied = outcomes.get(work)
-                if item.applied is not DONE and item.applied and item.applied.outcome is Outcome.RETRY:
-                    before[work] = item.applied
+                item.applied = applied = outcomes.get(work)
+                if applied is not DONE and applied and applied.outcome is Outcome.RETRY:
+                    before[work] = applied
             held_up |= self._holds_up(outcomes.values())
         return held_up
 

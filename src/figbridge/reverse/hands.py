@@ -19,19 +19,24 @@ from figbridge.reverse.item import Item, Part
 from figbridge.reverse.park import Parked
 from figbridge.transports import Delivery
 
-_READY: Final = 2  # batches behind the one at work
+_READY: Final = 4  # batches behind the one at work, at most
+_BYTES: Final = 16 * 1024 * 1024  # of messages in hand, from which on no further batch is made ready
 
 
 @dataclass(slots=True)
 class Hand:
     """A batch, and what each of its transactions is for.
 
-    `done` is their end: whether they hold up those behind, None if nothing was done.
+    `done` is their end: whether they hold up those behind, None if nothing was done. `size` is in bytes.
     """
 
     items: list[Item]
     parts: list[Part]
     done: "Future[bool | None]" = field(default_factory=Future)
+    size: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.size = sum([len(item.delivery.body) for item in self.items])
 
 
 class Hands:
@@ -47,7 +52,10 @@ class Hands:
     @property
     def full(self) -> bool:
         """Whether the oldest is to be waited for before there is another."""
-        return len(self._hands) > _READY or (bool(self._hands) and self._hands[0].done.done())
+        if not self._hands:
+            return False
+        enough = len(self._hands) > _READY or sum(hand.size for hand in self._hands) > _BYTES
+        return enough or self._hands[0].done.done()
 
     def take(self, hand: Hand) -> None:
         """Have it applied as soon as those in hand are."""

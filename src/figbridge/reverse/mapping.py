@@ -239,7 +239,7 @@ class Mapping:
         return Work(
             tuple.__new__(Named, event[:3]),
             self,
-            (event.source, self.idempotency_key(event)),
+            (event.source, event.id if self._idempotency_key is None else self.idempotency_key(event)),
             payload_hash(event),
             (self.scope, identity if len(identity) <= _LONGEST else hashlib.sha256(identity.encode()).hexdigest()),
             str(version) if type(version) is int else _version(self._version, document) if self._version else None,

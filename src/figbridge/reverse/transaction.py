@@ -256,7 +256,14 @@ def _shapes(work: Work) -> tuple[Shape, ...] | None:
 
 def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
     group: _Group | None = None
+    common: Shape | None = None  # of the group, where its works have one statement each
     for work in works:
+        statements = work.statements
+        if group is not None and len(statements) == 1 and work.group is None:  # nearly always the next of the same
+            only = statements[0]
+            if type(only) is Statement and only.shape is common:
+                group.works.append(work)
+                continue
         shapes = _shapes(work)
         if (
             group is None
@@ -267,6 +274,7 @@ def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
             if group is not None:
                 yield group
             group = _Group(shapes)
+            common = shapes[0] if shapes is not None and len(shapes) == 1 else None
         group.works.append(work)
         if work.group is not None:
             group.ordered.add(work.group)
