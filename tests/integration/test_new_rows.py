@@ -11,6 +11,7 @@ from figbridge.reverse.apply import Applier
 from figbridge.reverse.mapping import Mapping, Work
 from figbridge.reverse.novelty import Rows
 from figbridge.reverse.outcome import STALE_VERSION, Applied, Outcome
+from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.reverse import make_shop, mapping, orders, work
 
@@ -76,6 +77,22 @@ def test_an_older_event_of_a_known_entity_is_ignored(shop: Database, applier: Ap
     assert outcomes[late[0]].reason == STALE_VERSION
     assert {outcomes[it] for it in others} == {DONE}
     assert orders(shop)[0] == (0, "new")
+
+
+def test_a_key_that_is_known_says_nothing_of_rows(shop: Database, applier: Applier) -> None:
+    """It is an error in the server's log, once: to try again with ON CONFLICT would make it two."""
+    warmed(applier)
+    known, new = batch(range(100, 101)), batch(range(10))
+    failed = "SELECT xact_rollback FROM pg_stat_database WHERE datname = current_database()"
+    outcomes, rows = applied(applier, [*new, *known])
+    assert (outcomes[known[0]].outcome, rows) == (Outcome.DUPLICATE, Rows.NEW)
+    assert {outcomes[it] for it in new} == {DONE}
+    applier.connection().execute("SELECT pg_stat_force_next_flush()")
+    applier.connection().execute("SELECT 1")
+    until(lambda: shop.execute(failed)[0][0] > 0, 20)
+    assert shop.execute(failed) == [(1,)]
+    applied(applier, batch(range(20, 30)))  # step by step, after a disappointment
+    assert applied(applier, batch(range(30, 40)))[1] is Rows.NEW
 
 
 def test_rows_that_are_there_are_never_taken_for_new(shop: Database, applier: Applier) -> None:

@@ -181,10 +181,12 @@ class Applier:
         return applied is not None
 
     def _hoped(self, works: Sequence[Work], parcel: express.Parcel | None) -> dict[Work, Applied] | None:
-        """As `express.Lane.run`. A row that was there after all is no disappointment, or none but for `novelty`."""
+        """As `express.Lane.run`. A row that was there after all disappoints `novelty` alone: it is tried once more."""
         made = parcel if parcel and parcel.works == works else express.Parcel(works)
         run = functools.partial(self._run_express, parcel=made)
         applied = self._transaction(works, run, self._session.opened)
+        if applied is None and made.rows is Rows.NEW and not made.claimed:
+            return None  # a key was known, which says nothing of the rows
         self._novelty.learn(made.rows, new=applied is not None and made.new)
         if applied is None and made.rows is Rows.NEW:
             return self._hoped(works, None)

@@ -84,6 +84,7 @@ class Parcel:
         self.plain = all(shape is not None for it in self.segments for _, _, shape, _ in it.todo)
         # an entity's second event finds what the first one wrote
         makes = self.plain and all(shape and shape.makes_row for it in self.segments for _, _, shape, _ in it.todo)
+        self.claimed = False  # whether all of its keys were new; known when it was tried
         self.new = False  # whether none of the rows was there; known when it was applied
         self.rows = rows if makes and [it.versioned for it in self.segments] == [len(works)] else Rows.UNKNOWN
 
@@ -150,6 +151,7 @@ class Lane:
             if self.connection.closed:
                 raise
             if sent is not None:
+                parcel.claimed = sent.claimed
                 sent.judge(error)
             return None
         except BridgeError:
@@ -267,6 +269,11 @@ class _Sent:
                 self._there.append(self._send(finding(shape), parameters))
 
     @property
+    def claimed(self) -> bool:
+        """Whether all keys are ours."""
+        return bool(self._counted) and self._counted[0][0].rowcount == len(self.parcel.works)
+
+    @property
     def new(self) -> bool:
         """Whether none of those that were looked for was there."""
         return not any(answer.rowcount for answer in self._there)
@@ -290,8 +297,7 @@ class _Sent:
         """Raise Suspects when the error of a statement says enough; else it is to be found out step by step."""
         if error.sqlstate in NOT_PREPARED:
             raise Suspects(self.parcel.works, error) from error
-        claimed = self._counted and self._counted[0][0].rowcount == len(self.parcel.works)
-        if contended(error) and claimed:
+        if contended(error) and self.claimed:
             # the wait was long enough: no second one for the same lock
             raise Suspects(self._unanswered() or self.parcel.works, error) from error
 
