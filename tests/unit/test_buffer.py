@@ -16,9 +16,10 @@ from figbridge.event import Event, Rejection
 from figbridge.forward import place
 from figbridge.forward.buffer import Batch, Buffer
 from figbridge.forward.checkpoint import Checkpoint, Ticket
-from figbridge.forward.snapshot import reads as reads_
+from figbridge.forward.snapshot import block as block_
+from figbridge.forward.snapshot.block import Block
 from figbridge.forward.snapshot.layout import Layout
-from figbridge.forward.snapshot.reads import Block, Reads, Slice
+from figbridge.forward.snapshot.reads import Reads, Slice
 from figbridge.forward.snapshot.window import Windows
 from figbridge.forward.table import Naming, Table
 from figbridge.forward.values import Encoders
@@ -202,7 +203,7 @@ def ids(lines: Iterable[bytes]) -> list[int]:
 
 
 def test_the_stream_ends_a_slice_early(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads_, "_PART", 2)
+    monkeypatch.setattr(block_, "_PART", 2)
     ticket = Checkpoint().track(Lsn(5))
     late = reads(ROWS, block=5, ticket=ticket)
     buffer.put_reads(late)
@@ -226,7 +227,7 @@ def test_the_stream_ends_a_slice_early(buffer: Buffer, monkeypatch: pytest.Monke
 
 
 def test_what_waits_for_a_slice_does_not_end_it(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reads_, "_PART", 2)
+    monkeypatch.setattr(block_, "_PART", 2)
     buffer.put_reads(reads(ROWS))
     (batch,) = buffer.take(100, 6)
     buffer.put(stream(event(4), partial=[ONE]))
@@ -284,7 +285,7 @@ def delivered(batch: Batch, part: int, meanwhile: Callable[[], None]) -> Iterato
     if not (part and isinstance(batch.events, Slice)):
         yield from (json.loads(it.detail) for it in batch.events)
         return
-    with mock.patch.object(reads_, "_PART", part):
+    with mock.patch.object(block_, "_PART", part):
         for lines in batch.events.lines():
             yield from (json.loads(line)["detail"] for line in lines.splitlines())
             meanwhile()

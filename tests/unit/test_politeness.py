@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from figbridge.forward.snapshot.block import Block
 from figbridge.forward.snapshot.chunk import MOST_BYTES, Chunk, Size
 from figbridge.forward.snapshot.politeness import Pace
-from figbridge.forward.snapshot.reads import Block, Share
+from figbridge.forward.snapshot.reads import Share
 from figbridge.metrics import Metrics
 from figbridge.retry import Stopped
 
@@ -80,7 +81,7 @@ def test_a_bridge_that_stops_does_not_wait_for_its_rate() -> None:
         (1e-4, 100, 5000),  # half a second
         (1e-2, 100, 50),
         (1.0, 100, 10),  # no fewer
-        (1e-9, 1, 100_000),  # no more
+        (1e-9, 1, 250_000),  # no more
     ],
 )
 def test_a_chunk_has_as_many_rows_as_take_its_time_or_its_bytes(seconds: float, size: int, expected: int) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Final, cast
+from typing import Final
 
 import psycopg
 from psycopg import sql
@@ -21,12 +21,13 @@ from psycopg import sql
 from figbridge.errors import LegacyUnavailable
 from figbridge.forward.snapshot import joined
 from figbridge.forward.snapshot import plan as plans
+from figbridge.forward.snapshot.block import Block
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
-from figbridge.forward.snapshot.reads import Block, Share
+from figbridge.forward.snapshot.reads import Share
 from figbridge.preflight.catalogue import Name, quote
 
-MOST_BYTES: Final = 12 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
+MOST_BYTES: Final = 24 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
 _BLOCK_ROWS: Final = 500  # and
 _BLOCK_BYTES: Final = 512 * 1024  # of a block, about, which leaves at once
 _SECONDS: Final = 2.0  # after which the reading of a chunk is broken off
@@ -84,7 +85,7 @@ class Size:
     rows: int = 2000
     width: float = joined.NARROW
     odd: int = 0
-    _most: int = 100_000
+    _most: int = 250_000
 
     def learn(self, chunk: Chunk) -> None:
         """From what was read."""
@@ -173,7 +174,7 @@ def read(
         blocks, seconds, size, whole = _blocks(connection, statement, layout.block, share=share)
         last: Cursor | None = cursor
         if blocks:
-            (row,) = layout.rows(_last_line(cast(bytes, blocks[-1].text)))
+            (row,) = layout.rows(Block(_last_line(blocks[-1].lines), 1))
             last = plans.cursor(plan, layout.keys(row, plan.indexes(plan.key)))
         return Chunk(blocks, last, whole and sum(block.rows for block in blocks) < most, seconds, size, odd)
     place = plans.ctid_leaf(connection, plan, cursor)

@@ -4,32 +4,45 @@ INVARIANT. No statement asks for more rows than are about a block by what was le
 may look for its rows for long: not with a condition, which so few rows may fit that the statement never ends, where
 COPY has told some of them by then.
 
-Between two statements the server is idle, so nothing is done then but to look where the next one begins. What else is
-to be done to the texts is done when they leave (`Joint.rows`).
+Between two statements the server is idle, so nothing is done then but to look where the next one begins. Whether the
+texts are simple is looked at beside the next statement (`_Found`), and what else is to be done to them when they leave
+(`Joint.parts`).
 """
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final, NamedTuple, Self
 
 import psycopg
 from psycopg import pq
 
 from figbridge.forward.snapshot import plan as plans
+from figbridge.forward.snapshot.block import Block
+from figbridge.forward.snapshot.joint import Joint
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
-from figbridge.forward.snapshot.reads import Block, Share
+from figbridge.forward.snapshot.reads import Share
+from figbridge.turns import SHORT_TURNS
 
 NARROW: Final = 2000  # bytes of a row, on average, up to which it gains something
-# That a statement asks for, about. The server makes long texts of what has room in its processor's cache, and in memory
-# that it has already: of 2 MiB a row takes a tenth more time.
-_BLOCK_BYTES: Final = 768 * 1024
+# That a statement asks for, about. What has no room in the server's cache costs it more, of 384 KiB a row costs a fifth
+# more, too: there is a round trip for each statement, in which the server is idle.
+_BLOCK_BYTES: Final = 1536 * 1024
 _BRIEF_BYTES: Final = 128 * 1024  # the same while the stream flows: a millisecond of the server's core, about
 _REST: Final = 0.02  # seconds, at most
 _FEWEST: Final = 10  # rows
+
+
+# What a long text was made in goes back to the kernel with it, and comes again page by page, which was a fifth of the
+# server's time. glibc keeps it once a larger piece was freed: https://man7.org/linux/man-pages/man3/mallopt.3.html
+# (M_MMAP_THRESHOLD). The server's process keeps 10 MB until the connection ends, and ours as much.
+_LARGER: Final = 16 * 1024 * 1024  # bytes, of 32 MiB at most
+_KEEP: Final = f"SELECT pg_catalog.length(pg_catalog.repeat('x', {_LARGER}))"
 
 
 class Joined(NamedTuple):
@@ -44,6 +57,12 @@ class Joined(NamedTuple):
 def fits(plan: Plan, layout: Layout, condition: str | None) -> bool:
     """Whether the rows of a table can be joined."""
     return bool(plan.key) and layout.joint is not None and not plan.filter and not condition
+
+
+def prepare(connection: psycopg.Connection) -> None:
+    """Before the first chunk; outside of a transaction. Raises psycopg.Error."""
+    connection.execute(_KEEP)
+    bytes(_LARGER)
 
 
 def read(
@@ -66,37 +85,97 @@ def read(
     joint = layout.joint
     if joint is None:
         return Joined((), cursor, odd=True)
-    blocks: list[Block] = []
     deadline, count, size, indexes = time.monotonic() + seconds, 0, 0, plan.indexes(plan.key)
-    before, behind = [it.as_bytes(connection) for it in joint.around(plan.key)]
-    select = plans.key_rows(plan, connection)
-    with _Dialog(connection) as dialog:
+    columns, *around = joint.around(plan.key)
+    before, behind = [it.as_bytes(connection) for it in around]
+    select = plans.key_rows(plan, columns, connection)
+    with _Dialog(connection) as dialog, _Found(joint, cursor) as found:
         while count < most and size < most_bytes and time.monotonic() < deadline:
             enough = _BRIEF_BYTES if share and share.flows else _BLOCK_BYTES
             wanted = min(most - count, max(_FEWEST, int(min(enough, most_bytes) / width)))
             sent = time.monotonic()
-            rows, texts = dialog.answer(before + select(cursor, wanted) + behind)
-            there = rows
-            if rows < wanted:  # it is the end, or one was left out
-                there, _ = dialog.answer(plans.key_count(plan, cursor, wanted).as_bytes(connection))
-            if not rows or rows < there or not joint.simple(rows, texts):
-                return Joined(blocks, cursor, end=not there, odd=bool(there))
-            cursor = plans.cursor(plan, layout.keys(joint.last(texts), indexes))
-            block = Block(tuple(texts), rows)
-            blocks.append(block)
-            if rows < wanted:
-                return Joined(blocks, cursor, end=True)
-            count += rows
-            size += block.size
-            width = max(width / 4, size / count)
+            with dialog.answered(before + select(cursor, wanted) + behind) as (rows, texts):
+                there = rows
+                if rows < wanted:  # it is the end, or one was left out
+                    there = dialog.number(plans.key_count(plan, cursor, wanted).as_bytes(connection))
+                if not found.settled() or rows < there:
+                    return found.odd()
+                if rows:
+                    block = Block(texts, rows)
+                    found.add(block)
+                    key = _last_key(layout, joint, block, indexes)
+                    if not (key and joint.valid(key, indexes)):  # the next statement must not fail
+                        if not found.settled():
+                            return found.odd()
+                        key = layout.keys(joint.last(block), indexes)
+                    cursor = plans.cursor(plan, key)
+                    found.behind(cursor)
+                if rows < wanted:
+                    return found.all(end=True)
+                count += rows
+                size += sum(map(len, texts))
+                width = max(width / 4, size / count)
             _rest(share, 2 * (time.monotonic() - sent))
-    return Joined(blocks, cursor)
+        return found.all()
+
+
+def _last_key(layout: Layout, joint: Joint, block: Block, indexes: Sequence[int]) -> list[str] | None:
+    """Of the last row; of a block that is not simple it may be another's, or none."""
+    try:
+        return layout.keys(joint.last(block), indexes)
+    except ValueError:
+        return None
 
 
 def _rest(share: Share | None, seconds: float) -> None:
     """While the stream flows."""
     if share and share.flows:
         time.sleep(min(_REST, seconds))
+
+
+class _Found:
+    """Blocks in their order. A thread looks whether the last of them is simple; those before it are."""
+
+    def __init__(self, joint: Joint, cursor: Cursor | None) -> None:
+        self._joint = joint
+        self._blocks: list[Block] = []
+        self._cursor = self._next = cursor
+        self._last: tuple[Block, Future[bool]] | None = None
+        self._looking = ThreadPoolExecutor(1, "snapshot-look")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._looking.shutdown()
+
+    def add(self, block: Block) -> None:
+        """To be looked at, once what was added before is `settled`."""
+        self._last = block, self._looking.submit(self._joint.simple, block)
+
+    def behind(self, cursor: Cursor) -> None:
+        """The cursor behind what was added last."""
+        self._next = cursor
+        if not self._last:
+            self._cursor = cursor
+
+    def settled(self) -> bool:
+        """Whether all are simple; waits until that is known."""
+        if self._last:
+            block, simple = self._last
+            if not simple.result():
+                return False
+            self._blocks.append(block)
+            self._cursor, self._last = self._next, None
+        return True
+
+    def all(self, *, end: bool = False) -> Joined:
+        """What was found, as far as it is simple."""
+        return Joined(self._blocks, self._next, end=end) if self.settled() else self.odd()
+
+    def odd(self) -> Joined:
+        """What was found before what is odd."""
+        return Joined(self._blocks, self._cursor, odd=True)
 
 
 class _Dialog:
@@ -123,8 +202,19 @@ class _Dialog:
     def __exit__(self, *_: object) -> None:
         self._over.set()
 
-    def answer(self, statement: bytes) -> tuple[int, Sequence[bytes]]:
-        """How many rows there are, and the texts."""
+    @contextmanager
+    def answered(self, statement: bytes) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+        """How many rows there are, and their texts; the server is idle within, so others wait."""
+        result = self._answer(statement)
+        with SHORT_TURNS.held():
+            rows, *texts = [result.get_value(0, place) or b"" for place in range(result.nfields)]
+            yield int(rows), tuple(texts)
+
+    def number(self, statement: bytes) -> int:
+        """The only value."""
+        return int(self._answer(statement).get_value(0, 0) or 0)
+
+    def _answer(self, statement: bytes) -> pq.abc.PGresult:
         self._asked = time.monotonic()
         result = self._pgconn.exec_(statement)
         self._asked = None
@@ -133,8 +223,7 @@ class _Dialog:
                 what = f"no answer for {self._patience:g} s" if self._left else result.get_error_message(self._encoding)
                 raise psycopg.OperationalError(what)
             raise psycopg.errors.error_from_result(result, encoding=self._encoding)
-        rows, *texts = [result.get_value(0, place) or b"" for place in range(result.nfields)]
-        return int(rows), texts
+        return result
 
     def _watch(self, patience: float) -> None:
         while not self._over.wait(min(1.0, patience)):

@@ -1,9 +1,9 @@
 r"""How the rows of one version of a table come from the server, and how they become events.
 
 The server writes most values as JSON itself: ``COPY (SELECT id, to_json(note), …)``. It costs the server about 0.1 µs a
-value, on its own core, and what arrives is put into place by one compiled function a table (as `unroll` does it for
-the stream). A block of rows is text, a row a line, a value a field between tabs, and each value is JSON: no value has a
-tab, a line break or one of COPY's escapes in it, so a block is cut by one `split`.
+value, on its own core, and what arrives is put into place by `lines`, or by one compiled function a table (as `unroll`
+does it for the stream). A block of rows is text, a row a line, a value a field between tabs, and each value is JSON: no
+value has a tab, a line break or one of COPY's escapes in it, so a block is cut by one `split`.
 
 INVARIANT. A value is what the stream would say of it, byte by byte: only such types are left to the server whose
 ``to_json`` is the rule of `forward.values` without an exception. All others come as text and go through the very
@@ -13,10 +13,10 @@ A row of a snapshot is named by its key: of integers and uuids by their text, of
 a key is by a hash of all of it. https://www.postgresql.org/docs/current/sql-copy.html#id-1.9.3.55.9.2
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from types import CodeType
 from typing import Any, Final
 
@@ -25,10 +25,12 @@ from psycopg import sql
 from psycopg.postgres import types as _built_in
 
 from figbridge.change import Operation, Row
-from figbridge.event import Event, attributes
+from figbridge.event import Event
 from figbridge.forward import values
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.joint import Joint, Text, Values, joint
+from figbridge.forward.snapshot.block import Block, Part, Values, cuts
+from figbridge.forward.snapshot.joint import Joint, joint
+from figbridge.forward.snapshot.lines import Lines, by_text, digest, number
 from figbridge.forward.table import Table
 
 _NULL: Final = b"\\N"
@@ -37,7 +39,6 @@ _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 _MEANS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 # encoders whose rule is to_json's, for every value of their types
 _SERVED: Final = {values.text, values.boolean, values.float_, values.timestamp, values.timestamptz, values.exact_number}
-_NAMED_BY_TEXT: Final = {_built_in[name].oid for name in ("int2", "int4", "int8", "uuid")}
 _INT8: Final = _built_in["int8"].oid  # its values are digits or null
 _UUID: Final = _built_in["uuid"].oid
 _JSONB: Final = _built_in["jsonb"].oid
@@ -63,8 +64,9 @@ class Layout:
         self._options = sql.SQL(" (NULL 'null')" if self._all_served else "")
         self.joint = joint(table)
         self._parts = table.parts[Operation.READ]
-        by_text = keyed and {oids[index] for index in table.keys} <= _NAMED_BY_TEXT
-        self._functions = _functions(table, keyed=keyed, by_text=[oids[it] for it in table.keys] if by_text else [])
+        named = [oids[index] for index in table.keys] if by_text(table, keyed=keyed) else []
+        self._functions = _functions(table, keyed=keyed, named=named)
+        self._lines = Lines(table, lambda part: self._functions["names"](part.values()), keyed=keyed)
 
     def copy(self, query: sql.Composed) -> sql.Composed:
         """The statement that sends the rows of `query`."""
@@ -81,9 +83,9 @@ class Layout:
         ]
         return b"\n".join(lines) + b"\n"
 
-    def leaving(self, block: Text, rows: int) -> tuple[Text, int]:
-        """What of a block leaves, and how many rows that is: all of it, where no rule says otherwise."""
-        return block, rows
+    def leaving(self, block: Block) -> Block:
+        """What of a block leaves: all of it, where no rule says otherwise."""
+        return block
 
     def _value(self, index: int, field: bytes) -> bytes:
         if field == _NULL:
@@ -92,18 +94,26 @@ class Layout:
             field = _ESCAPE.sub(lambda found: _MEANS.get(found[1], found[1]), field)
         return field if self._ways[index] else self._encoders[index](field)
 
-    def rows(self, block: Text) -> Iterator[Values]:
+    def rows(self, block: Block) -> Iterator[Values]:
         """The rows of a block."""
-        if isinstance(block, tuple):
-            return self.joint.rows(block) if self.joint else iter(())
+        return chain.from_iterable(part.values() for part in self.parts(block))
+
+    def parts(self, block: Block) -> Iterator[Part]:
+        """The same, some at a time."""
+        if block.joined:
+            return self.joint.parts(block) if self.joint else iter(())
+        return self._copied(block)
+
+    def _copied(self, block: Block) -> Iterator[Part]:
         try:
-            text = block.decode()
+            text = block.lines.decode()
         except UnicodeDecodeError:
-            text = self._mended(block)
-        if not (text and self._ways):
-            return iter([()] * text.count("\n"))
-        fields = iter(text[:-1].replace("\n", "\t").split("\t"))
-        return zip(*[fields] * len(self._ways), strict=True)
+            text = self._mended(block.lines)
+        width, rows = len(self._ways), block.rows
+        fields = text[:-1].replace("\n", "\t").split("\t") if width and rows else []
+        for first, count in cuts(rows):
+            part = fields[first * width : (first + count) * width]
+            yield Part([part[index::width] for index in range(width)], count)
 
     def _mended(self, block: bytes) -> str:
         """With bytes that are not UTF-8 as the stream's encoders write them."""
@@ -118,34 +128,24 @@ class Layout:
 
     def names(self, rows: Iterable[Values]) -> list[str]:
         """What the stream's events about the same rows are noted under."""
-        found: list[str] = self._functions["names"](rows)
+        found: list[str] = self._functions["names"](rows, self.table.label)
         return found
 
     def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
         """These values of a row, as the texts that literals are made of."""
         return [value if not value.startswith('"') else orjson.loads(value) for value in map(row.__getitem__, indexes)]
 
-    def events(self, rows: Iterable[Values], identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
+    def events(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
         """The events of rows, whose ordinals begin at `ordinal`; `identity` begins their ids."""
+        position = f"}}{self._parts.end.decode()}{stamp.read.decode()}"
         made: list[Event] = self._functions["events"](
-            rows, identity, stamp.first + ordinal, *self._around(stamp), time=stamp.time
+            part.values(), identity, stamp.first + ordinal, position, stamp.tail.decode(), stamp.time
         )
         return made
 
-    def lines(self, rows: Iterable[Values], identity: str, stamp: Stamp, ordinal: int) -> bytes:
+    def lines(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> bytes:
         """The envelopes of the same events, each with a line break behind it."""
-        parts = self._parts
-        common = attributes(parts.source, parts.detail_type, stamp.time, parts.resources).decode()
-        position, tail = self._around(stamp)
-        head, common = f'{{"version":"0","id":"{identity}', f'"{common}{parts.start.decode()}'
-        made: list[str] = self._functions["lines"](
-            rows, identity, stamp.first + ordinal, position, f"{tail}}}\n", head, common
-        )
-        return "".join(made).encode()
-
-    def _around(self, stamp: Stamp) -> tuple[str, str]:
-        """What stands before and behind the ordinal."""
-        return f"}}{self._parts.end.decode()}{stamp.read.decode()}", stamp.tail.decode()
+        return self._lines.of(part, identity, stamp, ordinal)
 
 
 def _way(oid: int, encode: values.Encoder) -> str | None:
@@ -166,14 +166,6 @@ def _valid(value: str) -> str:
         text: str = json.loads(value)
         return values.text(text.encode(errors="surrogateescape")).decode()
     return value.encode(errors="backslashreplace").decode()
-
-
-def _number(value: str) -> str:
-    return value if value == "null" else values.safe_number(value.encode()).decode()
-
-
-def _hash(name: str) -> str:
-    return hashlib.blake2b(name.encode(), digest_size=12).hexdigest()
 
 
 class _Pieces:
@@ -198,10 +190,10 @@ class _Pieces:
         return _PLACE.sub(lambda found: self._found[int(found[1])], constant)
 
 
-def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str, Callable[..., Any]]:
-    """``names``, ``events`` and ``lines``, compiled. Their text is made of numbers alone, as `unroll`'s.
+def _functions(table: Table, *, keyed: bool, named: Sequence[int]) -> dict[str, Any]:
+    """``names`` and ``events``, compiled. Their text is made of numbers alone, as `unroll`'s.
 
-    `by_text` has the types of the key's columns if their text is the end of an id.
+    `named` has the types of the key's columns if their texts are the end of an id.
     """
     piece, labels, width = _Pieces(), [(label or b"").decode() for label in table.labels], range(len(table.labels))
 
@@ -219,13 +211,13 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
         if table.encoders[it] is values.safe_number
         for odd in ["" if table.relation.columns[it].type_oid == _INT8 else f" or v{it}[-1] > '9'"]
     ]
-    if by_text:
+    if named:
         texts = [
             f"{{v{it}[1:-1]}}" if oid == _UUID else f"{{k{it}}}" if oid == _INT8 else f"{{v{it}}}"
-            for it, oid in zip(table.keys, by_text, strict=True)
+            for it, oid in zip(table.keys, named, strict=True)
         ]
         # before a large one gets quotation marks
-        numbers = [f"k{it} = v{it}" for it, oid in zip(table.keys, by_text, strict=True) if oid == _INT8] + numbers
+        numbers = [f"k{it} = v{it}" for it, oid in zip(table.keys, named, strict=True) if oid == _INT8] + numbers
         end, hashed = piece(".").join(texts), []
     else:
         end, hashed = "{end}", [f'end = hash(f"{name}")']
@@ -236,20 +228,21 @@ def _functions(table: Table, *, keyed: bool, by_text: Sequence[int]) -> dict[str
     about = f'f"{{identity}}{end}", source, detail_type, f"{label}{key}", time'
     event = f'({about}, f"{start}{detail}".encode(), None, False, resources)'
     bodies = {
-        "names": [*numbers, f'append(f"{label}{name}")'],
-        "events": [*numbers, *hashed, f"append(new(Event, {event}))", "ordinal += 1"],
-        "lines": [*numbers, *hashed, f'append(f"{{head}}{end}{{common}}{detail}")', "ordinal += 1"],
-    }
-    namespace: dict[str, Any] = {"Event": Event, "new": tuple.__new__, "number": _number, "hash": _hash}
+        "names(rows, label='')": [*numbers, f'append(f"{{label}}{name}")'],
+        "events(rows, identity, ordinal, position, tail, time)": [
+            *numbers, *hashed, f"append(new(Event, {event}))", "ordinal += 1",
+        ],
+    }  # fmt: skip
+    namespace: dict[str, Any] = {"Event": Event, "new": tuple.__new__, "number": number, "hash": digest}
     namespace |= {"source": parts.source, "detail_type": parts.detail_type, "resources": parts.resources}
     row = "".join(f"v{it}, " for it in width)
     for function, body in bodies.items():
         text = [
-            f'def {function}(rows, identity="", ordinal=0, position="", tail="", head="", common="", time=None):',
+            f"def {function}:",
             " made = []; append = made.append",
             f" for {row or '_'} in rows:",
             *[f"  {line}" for line in body],
             " return made",
         ]
         exec(piece.put(compile("\n".join(text), "<rows of a table>", "exec")), namespace)  # noqa: S102
-    return {function: namespace[function] for function in bodies}
+    return namespace

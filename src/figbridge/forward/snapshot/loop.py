@@ -28,7 +28,7 @@ from figbridge import legacy
 from figbridge.errors import BridgeError
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.sanitize import Rules
-from figbridge.forward.snapshot import chunk, plan, sanitized
+from figbridge.forward.snapshot import chunk, joined, plan, sanitized
 from figbridge.forward.snapshot.claims import Claims
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.moved import Moves
@@ -36,7 +36,7 @@ from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
 from figbridge.forward.snapshot.progress import Progress, State, Task, hide, show
-from figbridge.forward.snapshot.reads import Block, Share
+from figbridge.forward.snapshot.reads import Share
 from figbridge.forward.snapshot.standby import Standby
 from figbridge.forward.snapshot.walk import Place
 from figbridge.forward.snapshot.window import Window, Windows
@@ -163,6 +163,8 @@ class Snapshot:
             return
         show(self._bridge.metrics, task, state="running", estimate=estimate)
         _log.info("snapshot", table=spell(*task.name), run=task.run, rows=task.rows, estimate=estimate)
+        if place.layout.joint:
+            joined.prepare(self._standby.connection if self._standby else connection)
         try:
             while self._more(connection, task, place):
                 if self._pace.wait(connection, self._stop):
@@ -203,7 +205,7 @@ class Snapshot:
             if read is None:
                 self._void(connection, task, place, "the table's schema changed", window)
                 return 0
-            window.offered = [Block(*place.layout.leaving(block.text, block.rows)) for block in read.blocks]
+            window.offered = [place.layout.leaving(block) for block in read.blocks]
             if not (read.end or place.turn):
                 place.window = windows.begin(place.layout, identity)
             if self._mark(connection, task, place, high=window, low=place.window) != "running":

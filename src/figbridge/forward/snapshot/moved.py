@@ -39,9 +39,9 @@ from psycopg.types.json import Json
 
 from figbridge import legacy
 from figbridge.change import UNCHANGED, Change, Lsn, Value
+from figbridge.forward.snapshot.block import Block
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.progress import HERE, MINE, ONE, OPEN, Progress, Task
-from figbridge.forward.snapshot.reads import Block
 from figbridge.preflight.catalogue import Name
 
 _MOST: Final = 500  # rows that are looked up at once: fewer are read where they are large
@@ -89,7 +89,7 @@ class Turn:
         One without a row has been deleted, or has moved on and is noted by its next key.
         """
         stay = set(layout.names(again))
-        came = None if read is None else {it for block in read for it in layout.names(layout.rows(block.text))}
+        came = None if read is None else {it for block in read for it in layout.names(layout.rows(block))}
         named = [(_called(layout, it.key), it) for it in self.entries]
         return [it for name, it in named if name not in stay and (came is None or name in came)]
 

@@ -114,7 +114,7 @@ def key_chunk(
     if cursor:
         where.append(sql.SQL("({}) > ({})").format(_listed(plan.key), _literals(plan, cursor["key"])))
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {} LIMIT {}").format(
-        _listed(plan.key), sql.Literal(most)
+        _ordered(plan), sql.Literal(most)
     )
 
 
@@ -123,15 +123,16 @@ def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
     return {"columns": list(plan.key), "key": list(key)}
 
 
-def key_rows(plan: Plan, connection: psycopg.Connection) -> Callable[[Cursor | None, int], bytes]:
-    """The same of all columns, without a condition and for a table without a filter, again and again.
+def key_rows(
+    plan: Plan, columns: sql.Composable, connection: psycopg.Connection
+) -> Callable[[Cursor | None, int], bytes]:
+    """The same without a condition and for a table without a filter, again and again.
 
     What is always the same is composed once: that takes half a millisecond.
     """
-    columns = _listed([column.name for column in plan.relation.columns])
     select = _select(columns, sql.SQL(plan.quoted), []).as_bytes(connection)
     where = sql.SQL(" WHERE ({}) > (").format(_listed(plan.key)).as_bytes(connection)
-    order = sql.SQL(" ORDER BY {} LIMIT ").format(_listed(plan.key)).as_bytes(connection)
+    order = sql.SQL(" ORDER BY {} LIMIT ").format(_ordered(plan)).as_bytes(connection)
 
     def statement(cursor: Cursor | None, most: int) -> bytes:
         behind = where + _literals(plan, cursor["key"]).as_bytes(connection) + b")" if cursor else b""
@@ -155,7 +156,7 @@ def rows_chunk(
     """
     wanted = sql.SQL(", ").join(sql.SQL("({})").format(_literals(plan, key)) for key in keys)
     where = [*_conditions(plan, condition), sql.SQL("({}) IN (VALUES {})").format(_listed(plan.key), wanted)]
-    return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {}").format(_listed(plan.key))
+    return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {}").format(_ordered(plan))
 
 
 def ctid_chunk(plan: Plan, columns: sql.Composable, cursor: Cursor, condition: str | None) -> sql.Composed:
@@ -211,6 +212,11 @@ def _conditions(plan: Plan, condition: str | None) -> list[sql.Composable]:
 
 def _listed(names: Sequence[str]) -> sql.Composed:
     return sql.SQL(", ").join(map(sql.Identifier, names))
+
+
+def _ordered(plan: Plan) -> sql.Composed:
+    """By the key. A bare name would be the result's column of that name, if it has one: ``to_json``, say."""
+    return sql.SQL(", ").join(sql.Identifier(plan.relation.name, name) for name in plan.key)
 
 
 def _literals(plan: Plan, texts: Sequence[str]) -> sql.Composed:

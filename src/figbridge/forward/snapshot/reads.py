@@ -9,13 +9,12 @@ The rows stay as they came, 150 bytes or so each, and become events when their s
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar, overload
 
 from figbridge.event import Event, Lines
 from figbridge.forward.checkpoint import Ticket
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.joint import Text, Values
+from figbridge.forward.snapshot.block import Block, Part, Values, cuts
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.versions import Version
 
@@ -26,27 +25,33 @@ T = TypeVar("T")
 _FEWEST, _MOST = 500, 10_000  # rows that leave at once
 _BRIEF, _LONG = 0.001, 0.050  # seconds that they may take: while the stream flows, and while it has rested
 _RESTS: Final = 1.0  # seconds without an event
-_PART: Final = 500  # rows that become lines at once; what has no room in a cache costs more
 
 
-class Block(NamedTuple):
-    """Neighbouring rows, as `Layout.block` has made them, or as the server has joined them."""
+class _Walk:
+    """Through the parts of a block, in their order."""
 
-    text: Text
-    rows: int
+    def __init__(self, block: Block, layout: Layout) -> None:
+        self._parts, self._rest = layout.parts(block), Part((), 0)
+        self.at = 0
 
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return sum(map(len, self.text)) if isinstance(self.text, tuple) else len(self.text)
+    def take(self, rows: int) -> Iterator[Part]:
+        """So many rows."""
+        while rows:
+            part = self._rest if self._rest.rows else next(self._parts)
+            self._rest = Part((), 0)
+            if part.rows > rows:
+                part, self._rest = part.cut(rows)
+            rows -= part.rows
+            self.at += part.rows
+            yield part
 
 
 class _Opened:
     """A block that leaves in stretches, in their order, as a rule; each can be asked for again."""
 
     def __init__(self, block: Block, layout: Layout) -> None:
-        self.rows, self.size, self._text, self._layout = block.rows, block.size, block.text, layout
-        self._values, self._at = layout.rows(block.text), 0
+        self.rows, self.size, self._block, self._layout = block.rows, block.size, block, layout
+        self._walk = _Walk(block, layout)
         self.given = 0
 
     def part(self, most: int) -> tuple["_Stretch", int]:
@@ -58,16 +63,13 @@ class _Opened:
         self.size -= size
         return stretch, size
 
-    def parts(self, begin: int, count: int) -> Iterator[tuple[Iterator[Values], int]]:
-        """The rows from `begin` on, some at a time; each part is to be consumed whole before anything else is asked."""
-        values, own = self._values, begin == self._at
-        if not own:
-            values = islice(self._layout.rows(self._text), begin, None)
-        for first in range(0, count, _PART):
-            rows = min(_PART, count - first)
-            if own:
-                self._at += rows
-            yield islice(values, rows), rows
+    def parts(self, begin: int, rows: int) -> Iterator[Part]:
+        """The rows from `begin` on."""
+        if begin != self._walk.at:
+            self._walk = _Walk(self._block, self._layout)
+            for _ in self._walk.take(begin):
+                pass
+        return self._walk.take(rows)
 
 
 class _Stretch(NamedTuple):
@@ -77,7 +79,7 @@ class _Stretch(NamedTuple):
     begin: int
     rows: int
 
-    def parts(self) -> Iterator[tuple[Iterable[Values], int]]:
+    def parts(self) -> Iterator[Part]:
         """See `_Opened.parts`."""
         return self.opened.parts(self.begin, self.rows)
 
@@ -92,11 +94,10 @@ class _Chosen:
     def __init__(self, chosen: Sequence[Values]) -> None:
         self._chosen, self.rows = chosen, len(chosen)
 
-    def parts(self) -> Iterator[tuple[Iterable[Values], int]]:
+    def parts(self) -> Iterator[Part]:
         """As `_Stretch.parts`."""
-        for first in range(0, self.rows, _PART):
-            part = self._chosen[first : first + _PART]
-            yield part, len(part)
+        for first, count in cuts(self.rows):
+            yield Part.of(self._chosen[first : first + count])
 
     def cut(self, rows: int) -> tuple["_Chosen", "_Chosen"]:
         """As `_Stretch.cut`."""
@@ -157,12 +158,12 @@ class Slice(Lines):
             left = max(0, left - stretch.rows)
         return rest, self._size * (self._all - self._rows) // max(1, self._all)
 
-    def _made(self, make: Callable[[Iterable[Values], str, Stamp, int], T]) -> Iterator[tuple[T, int]]:
+    def _made(self, make: Callable[[Part, str, Stamp, int], T]) -> Iterator[tuple[T, int]]:
         identity, stamp, ordinal = self._about
         for stretch in self._stretches:
-            for rows, count in stretch.parts():
-                yield make(rows, identity, stamp, ordinal), count
-                ordinal += count
+            for part in stretch.parts():
+                yield make(part, identity, stamp, ordinal), part.rows
+                ordinal += part.rows
 
 
 class Reads:
@@ -238,7 +239,7 @@ class Reads:
         return stretch, size
 
     def _untouched(self, stretches: Sequence[_Stretch | _Chosen]) -> _Chosen:
-        rows = [row for stretch in stretches for part, _ in stretch.parts() for row in part]
+        rows = [row for stretch in stretches for part in stretch.parts() for row in part.values()]
         names = self._layout.names(rows)
         if self._touched.isdisjoint(names):
             return _Chosen(rows)

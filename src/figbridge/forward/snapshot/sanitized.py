@@ -15,7 +15,7 @@ from psycopg import sql
 from figbridge.change import Operation, Row
 from figbridge.event import Event, envelopes
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.joint import Text, Values
+from figbridge.forward.snapshot.block import Block, Part, Values
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.table import Table
 
@@ -45,19 +45,18 @@ class Sanitized(Layout):
         """See `Layout.block`."""
         return copied
 
-    def leaving(self, block: Text, rows: int) -> tuple[Text, int]:
+    def leaving(self, block: Block) -> Block:
         """See `Layout.leaving`."""
         where = self.table.where
-        if where is None or isinstance(block, tuple):
-            return block, rows
-        lines = [line for line in block[:-1].split(b"\n") if where.row(_row(line))] if rows else []
-        return b"".join([line + b"\n" for line in lines]), len(lines)
+        if where is None:
+            return block
+        lines = [line for line in block.lines[:-1].split(b"\n") if where.row(_row(line))] if block.rows else []
+        return Block(b"".join([line + b"\n" for line in lines]), len(lines))
 
-    def rows(self, block: Text) -> Iterator[Any]:
-        """See `Layout.rows`."""
-        if isinstance(block, tuple) or not block:
-            return iter(())  # there is no joint
-        return iter([_row(line) for line in block[:-1].split(b"\n")])
+    def parts(self, block: Block) -> Iterator[Part]:
+        """See `Layout.parts`."""
+        if block.rows:
+            yield Part.of([_row(line) for line in block.lines[:-1].split(b"\n")])
 
     def names(self, rows: Iterable[Any]) -> list[str]:
         """See `Layout.names`."""
@@ -68,12 +67,12 @@ class Sanitized(Layout):
         values: Any = row
         return [(values[index] or b"").decode() for index in indexes]
 
-    def events(self, rows: Iterable[Any], identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
+    def events(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
         """See `Layout.events`."""
         parts, label = self.table.parts[Operation.READ], self.table.label
         nothing = parts.before + b"null" + parts.after
         found = []
-        for number, row in enumerate(rows, stamp.first + ordinal):
+        for number, row in enumerate(part.values(), stamp.first + ordinal):
             key, image, name = self._written(row)
             end = hashlib.blake2b(name, digest_size=12).hexdigest()
             # the bus's order is by the event's key, which for a table without one is the same for all rows
@@ -86,9 +85,9 @@ class Sanitized(Layout):
             found.append(Event(f"{identity}{end}", *about, detail, None, False, parts.resources))
         return found
 
-    def lines(self, rows: Iterable[Any], identity: str, stamp: Stamp, ordinal: int) -> bytes:
+    def lines(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> bytes:
         """See `Layout.lines`."""
-        return b"".join([line + b"\n" for line in envelopes(self.events(rows, identity, stamp, ordinal))])
+        return b"".join([line + b"\n" for line in envelopes(self.events(part, identity, stamp, ordinal))])
 
     def _written(self, row: Row) -> tuple[bytes, bytes, bytes]:
         """(the key, the row, what tells it from the others), of which the last is no JSON where it is a hash."""

@@ -20,9 +20,9 @@ import orjson
 
 from figbridge.change import Change, Lsn, Operation, Relation
 from figbridge.event import Event
-from figbridge.forward.snapshot.joint import Values
+from figbridge.forward.snapshot.block import Block, Values
 from figbridge.forward.snapshot.layout import Layout
-from figbridge.forward.snapshot.reads import Block, Reads
+from figbridge.forward.snapshot.reads import Reads
 
 _NOWHERE: Final = Lsn(0)
 _MEMORY: Final = (
@@ -99,7 +99,7 @@ class Window:
         """The rows of the chunk of which the stream told, but not all."""
         if not self._again:
             return ()
-        rows = [row for block in self.offered for row in self.layout.rows(block.text)]
+        rows = [row for block in self.offered for row in self.layout.rows(block)]
         return [row for row, name in zip(rows, self.layout.names(rows), strict=True) if name in self._again]
 
     def close(self, outcome: Outcome) -> None:
