@@ -142,6 +142,24 @@ def test_what_is_odd_is_left_to_copy_with_what_follows(
     assert reader.rows([first, second]) == reader.rows(list(reader.chunks(WIDE)))
 
 
+@pytest.mark.parametrize("type_", ["text", "jsonb"])
+def test_a_separator_where_the_next_statement_would_begin(
+    database: Database, monkeypatch: pytest.MonkeyPatch, type_: str
+) -> None:
+    """What is taken for the last key is another value then, and may be none of the key's type."""
+    monkeypatch.setattr(joined, "_FEWEST", 1)
+    monkeypatch.setattr(joined, "_BLOCK_BYTES", int(5 * NARROW))
+    value = r"E'no number \x7f' || n" if type_ == "text" else r"to_jsonb(E'no number \x7f' || n)"
+    key = "int" if type_ == "jsonb" else 'text COLLATE "C"'
+    database.execute(f"CREATE TABLE thing (id {key} PRIMARY KEY, v {type_})")
+    database.execute(f"INSERT INTO thing SELECT n, {value} FROM generate_series(11, 40) AS n")
+    database.execute("UPDATE thing SET v = NULL WHERE id::int < 25")
+    reader = Reader(database, "thing")
+    found = list(reader.chunks(NARROW))
+    assert set(ways(found)) == {"joined", "copied"}
+    assert reader.rows(found) == reader.rows(list(reader.chunks(WIDE)))
+
+
 def test_years_before_christ(database: Database) -> None:
     database.execute("CREATE TABLE thing (id int PRIMARY KEY, at timestamptz, local timestamp, word text)")
     database.execute(
