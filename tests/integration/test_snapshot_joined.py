@@ -160,6 +160,29 @@ def test_a_separator_where_the_next_statement_would_begin(
     assert reader.rows(found) == reader.rows(list(reader.chunks(WIDE)))
 
 
+def test_the_server_makes_no_text_that_is_many_times_larger(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where rows of some bytes were expected, thousands come that are small on disk alone."""
+    asked, ask = list[bytes](), joined._Dialog._answer
+
+    def noted(dialog: Any, statement: bytes) -> Any:
+        asked.append(statement)
+        return ask(dialog, statement)
+
+    monkeypatch.setattr(joined._Dialog, "_answer", noted)
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY, v text)")
+    database.execute("INSERT INTO thing SELECT n FROM generate_series(1, 30000) AS n")
+    database.execute("UPDATE thing SET v = repeat('small on disk', 200) WHERE id > 20000")
+    reader = Reader(database, "thing")
+    (found,) = list(reader.chunks(20, most=50_000))
+    assert (set(ways([found])), found.odd, found.rows) == ({"copied"}, True, 30_000)
+    statement, _ = asked
+    limit, rows = int(statement.rpartition(b" <= ")[2]), int(statement.partition(b" LIMIT ")[2].split(b")")[0])
+    assert limit < 13 * 200
+    assert 16 * 2**20 < limit * rows <= 32 * 2**20
+
+
 def test_years_before_christ(database: Database) -> None:
     database.execute("CREATE TABLE thing (id int PRIMARY KEY, at timestamptz, local timestamp, word text)")
     database.execute(

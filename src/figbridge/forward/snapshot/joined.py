@@ -94,7 +94,8 @@ def read(
             enough = _BRIEF_BYTES if share and share.flows else _BLOCK_BYTES
             wanted = min(most - count, max(_FEWEST, int(min(enough, most_bytes) / width)))
             sent = time.monotonic()
-            with dialog.answered(before + select(cursor, wanted) + behind) as (rows, texts):
+            statement = b"%b%b%b%b" % (before, select(cursor, wanted), behind, joint.limit(wanted))
+            with dialog.answered(statement) as (rows, texts):
                 there = rows
                 if rows < wanted:  # it is the end, or one was left out
                     there = dialog.number(plans.key_count(plan, cursor, wanted).as_bytes(connection))

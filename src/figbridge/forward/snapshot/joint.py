@@ -1,4 +1,4 @@
-r"""Rows that the server joins: all values of a stretch of rows in one long text, in the place of a message a row.
+r"""Rows that the server joins: all values of a stretch of rows in a few long texts, in the place of a message a row.
 
 COPY sends each row as a message of its own, which libpq, psycopg and Python each handle: 1 µs a row. And ``to_json``
 costs the server 0.2 µs a value. Here a statement answers with up to three texts, in which the values of all rows stand
@@ -18,9 +18,9 @@ again as it would gain.
 
 INVARIANT. The values are those of the stream's encoders, byte by byte, or there are none: what is not so simple makes
 `Joint.simple` false, and the rows are read in the other way, by COPY. That is U+007F in a text, and bytes that are no
-UTF-8. Neither does the server ever make a text that is much larger than was asked for: a row whose own texts have more
-than `_WIDE` bytes is left out, so there are fewer rows than were asked for. They are made before that, as COPY makes
-them. (To ask of each value whether it may be wide, before it is read, cost as much as to print two of them.)
+UTF-8. Neither does the server ever make texts of more than `_MOST` bytes: a row whose own have more than its share of
+that is left out, so there are fewer rows than were asked for. They are made before that, as COPY makes them. (To ask of
+each value whether it may be wide, before it is read, cost as much as to print two of them.)
 https://www.postgresql.org/docs/current/functions-aggregate.html
 """
 
@@ -38,7 +38,8 @@ from figbridge.forward.snapshot.block import Block, Part, Values, cuts
 from figbridge.forward.table import Table
 
 _PLAIN, _TEXT, _TIME = range(3)
-_WIDE: Final = 4000  # bytes
+_MOST: Final = 32 * 1024 * 1024  # bytes of a statement's texts, where those of a block were asked for
+_WIDE: Final = 4000  # of a row's, whatever its share
 _WORD: Final = secrets.token_hex(8)
 _NULL: Final = f"\x01{_WORD}"
 _NUMBER: Final = str(-8 * 10**18 - secrets.randbelow(10**18))
@@ -136,7 +137,7 @@ class Joint:
     def around(self, never_null: Collection[str]) -> tuple[sql.Composed, sql.Composed, sql.Composed]:
         """What to SELECT of a row, and what stands before and behind that SELECT in the statement that joins its rows.
 
-        It answers with (number of rows, the texts), these NULL if there are no rows.
+        Behind it all, `limit`. It answers with (number of rows, the texts), these NULL if there are no rows.
         """
         items = []
         for column, (_, sure, other) in zip(self._columns, self._ways, strict=True):
@@ -159,12 +160,16 @@ class Joint:
             for group in (_PLAIN, _TEXT, _TIME)
         ]
         sizes = [sql.SQL("pg_catalog.octet_length({})").format(names[group]) for group in self._wide]
-        narrow = sql.SQL(" WHERE {} <= {}").format(sql.SQL(" + ").join(sizes), _WIDE) if sizes else sql.SQL("")
+        narrow = sql.SQL(" WHERE {} <= ").format(sql.SQL(" + ").join(sizes)) if sizes else sql.SQL("")
         return (
             comma.join(own),
             sql.SQL("SELECT pg_catalog.count(*), {} FROM (").format(comma.join(texts)),
             sql.SQL(") AS a ({}){}").format(comma.join([sql.Identifier(f"t{group}") for group in used]), narrow),
         )
+
+    def limit(self, rows: int) -> bytes:
+        """The end of a statement that asks for so many rows."""
+        return b"%d" % min(_WIDE, _MOST // rows) if self._wide else b""
 
     def simple(self, block: Block) -> bool:
         """Whether these are the texts of so many rows, and `parts` makes of them what the stream would say."""
