@@ -1,6 +1,8 @@
 """Rows that the server joins are those that COPY sends, value by value; what is not so simple is left to COPY."""
 
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -181,6 +183,30 @@ def test_the_server_makes_no_text_that_is_many_times_larger(
     limit, rows = int(statement.rpartition(b" <= ")[2]), int(statement.partition(b" LIMIT ")[2].split(b")")[0])
     assert limit < 13 * 200
     assert 16 * 2**20 < limit * rows <= 32 * 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are read from /proc")
+def test_the_server_keeps_the_memory_of_its_texts(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY, v text)")
+    database.execute("INSERT INTO thing SELECT n, repeat('x', 150) FROM generate_series(1, 20000) AS n")
+    reader = Reader(database, "thing")
+    assert reader.layout.joint
+
+    def faults(*, prepared: bool) -> int:
+        """Of the server's process, for a chunk behind the first."""
+        with reader.connected() as connection:
+            stat = Path(f"/proc/{connection.info.backend_pid}/stat")
+            if not stat.exists():
+                pytest.skip("the server is not on this machine")
+            if prepared:
+                joined.prepare(connection)
+            for _ in range(2):
+                before = int(stat.read_text().rpartition(")")[2].split()[7])
+                found = chunk.read(connection, reader.plan, reader.layout, None, None, most=20_000, width=NARROW)
+                assert ways([found])[0] == "joined"
+            return int(stat.read_text().rpartition(")")[2].split()[7]) - before
+
+    assert faults(prepared=True) < faults(prepared=False) / 2
 
 
 def test_years_before_christ(database: Database) -> None:
