@@ -10,7 +10,7 @@ relay:    relay-1 …            (one or several; alone they need no legacy data
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -26,6 +26,7 @@ from figbridge.config import (
     ForwardSection,
     RelaySection,
     ReverseSection,
+    SinkSection,
     split_table,
 )
 from figbridge.contracts import Contracts
@@ -68,7 +69,7 @@ from figbridge.retry import Stopped, persist
 from figbridge.reverse.purge import Purge
 from figbridge.reverse.setup import open_consumer, purged
 from figbridge.supervise import Loop, Supervisor, tune
-from figbridge.transports import open_dead_letters, open_deposit, open_sink, open_source
+from figbridge.transports import Exclusive, Sink, open_dead_letters, open_deposit, open_sink, open_source
 
 _log = structlog.get_logger()
 
@@ -168,8 +169,7 @@ def _forward(
     recreate = partial(_recreate, config, metrics) if config.recreates_slot else None
     source = GuardedSource(dsn, slot, tuple(published), guard, recreate=recreate)
     stack.callback(source.close)
-    sink = open_sink(section.sink)
-    stack.callback(sink.close)
+    sink = _opened(section.sink, stack)
     dead_letters = open_dead_letters(section.dead_letters, dsn) if section.dead_letters else None
     if dead_letters:
         stack.callback(dead_letters.close)
@@ -205,6 +205,8 @@ def _forward(
     history = History() if section.schema_events else None
     windows, moves = Windows(), Moves(dsn, slot) if config.takes_snapshots else None
     messages = Messages(section.messages, naming, outbox=outbox, heartbeats=heartbeats, codec=server.codec, slot=slot)
+    aside = section.contracts.quarantine if section.contracts else None
+    quarantine = _opened(aside, stack) if aside else None
     capture = Capture(
         source,
         slot=slot,
@@ -219,6 +221,7 @@ def _forward(
         checkpoint=checkpoint,
         metrics=metrics,
         halt=supervisor.halt,
+        let_go=partial(_let_go, [sink, quarantine]),
     )
     deposit = open_deposit(section.claim_check) if section.claim_check else None
     if deposit:
@@ -229,7 +232,7 @@ def _forward(
     stack.callback(publisher.close)
     standard = None
     if section.contracts:
-        standard = _standard(section.contracts, publisher, dead_letters, metrics, supervisor, stack)
+        standard = _standard(section.contracts, publisher, quarantine, dead_letters, metrics, supervisor, stack)
     share = Share()
     loops: list[Loop] = [
         capture,
@@ -278,20 +281,31 @@ def _forward(
 def _standard(  # noqa: PLR0917 (what it is made of)
     section: ContractsSection,
     publisher: Publisher,
+    quarantine: Sink | None,
     dead_letters: DeadLetters | None,
     metrics: Metrics,
     supervisor: Supervisor,
     stack: contextlib.ExitStack,
 ) -> Standard:
     contracts = Contracts.load(section.path, "forward.contracts.path")
-    quarantine = None
-    if section.quarantine:
-        sink = open_sink(section.quarantine)
-        stack.callback(sink.close)
-        aside = Publisher(sink, dead_letters, metrics, supervisor.halt)
+    aside = None
+    if quarantine:
+        aside = Publisher(quarantine, dead_letters, metrics, supervisor.halt)
         stack.callback(aside.close)
-        quarantine = aside.publish
-    return Standard(section, contracts, metrics, bury=partial(publisher.bury, attempts=0), quarantine=quarantine)
+    bury = partial(publisher.bury, attempts=0)
+    return Standard(section, contracts, metrics, bury=bury, quarantine=aside.publish if aside else None)
+
+
+def _opened(section: SinkSection, stack: contextlib.ExitStack) -> Sink:
+    sink = open_sink(section)
+    stack.callback(sink.close)
+    return sink
+
+
+def _let_go(sinks: Sequence[Sink | None]) -> None:
+    for sink in sinks:
+        if isinstance(sink, Exclusive):
+            sink.let_go()
 
 
 def _recreate(config: Config, metrics: Metrics, gap: SlotGap) -> Lsn:

@@ -196,6 +196,24 @@ def test_two_replicas_make_one_slot(database: Database, tmp_path: Path) -> None:
         finish(scene)
 
 
+def test_a_replica_that_lost_the_slot_leaves_the_file_to_the_one_that_has_it(
+    database: Database, tmp_path: Path
+) -> None:
+    scene = Scene(database, tmp_path)
+    with told(scene) as worker:
+        other = Bridge(scene.config, tmp_path / "other", environment={"LEGACY_DSN": database.dsn})
+        with other:
+            until(lambda: "is in use by pid" in other.log, 30, lambda: other.log)
+            with worker.frozen():
+                scene.drop_slot()
+                scene.gap(1)
+                until(lambda: other.metric(RECREATED) == 1, 30, lambda: other.log)
+                until(lambda: "is locked by another process" in other.log, 30, lambda: other.log)
+            scene.until_told()
+            assert other.terminate() == 0, other.log[-3000:]
+        finish(scene)
+
+
 def test_a_slot_that_init_makes_anew_leaves_no_gap_either(database: Database, tmp_path: Path) -> None:
     """As an init container does, before every start."""
     scene = Scene(database, tmp_path)

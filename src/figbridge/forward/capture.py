@@ -6,7 +6,7 @@ bug: the server cuts the connection of a client that is merely waiting for its s
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -23,7 +23,7 @@ from figbridge.change import (
     TypeName,
     timestamp,
 )
-from figbridge.errors import BridgeError, DecodeError
+from figbridge.errors import BridgeError, DecodeError, SlotInUse
 from figbridge.event import Event
 from figbridge.forward.buffer import Buffer
 from figbridge.forward.checkpoint import Checkpoint
@@ -82,7 +82,9 @@ class Capture:
         checkpoint: Checkpoint,
         metrics: Metrics,
         halt: threading.Event,
+        let_go: Callable[[], None] | None = None,
     ) -> None:
+        self._let_go = let_go
         self._windows = windows or Windows()
         self._source = source
         self._slot = slot
@@ -110,7 +112,9 @@ class Capture:
             while True:
                 while self._source.in_danger and self._buffer.full and not stop.is_set():
                     stop.wait(_STOP_LATENCY)  # a connection that is not read would hold up the server's checkpoints
-                persist(self._connect, what="start replication", stop=stop, longest=_LOOK_AGAIN)
+                persist(
+                    self._connect, what="start replication", stop=stop, longest=_LOOK_AGAIN, on_retry=self._stand_by
+                )
                 self._metrics.reconnects.inc()
                 _log.info(
                     "replication started",
@@ -144,6 +148,11 @@ class Capture:
             self._shaper.history.learn(self._versions.load())
         if self._moves:
             self._moves.load()
+
+    def _stand_by(self, error: BridgeError) -> None:
+        """Another replica has the stream: what is held here it may be waiting for."""
+        if isinstance(error, SlotInUse) and self._let_go and not self._checkpoint.pending:
+            self._let_go()
 
     def _closed(self) -> None:
         self._windows.streaming = False

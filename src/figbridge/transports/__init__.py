@@ -12,7 +12,7 @@ Transports do not know each other, and only this package knows boto3.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, assert_never
+from typing import Protocol, assert_never, runtime_checkable
 
 from figbridge.config import (
     ClaimCheckSection,
@@ -99,6 +99,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Release what is held. May be called twice."""
+
+
+@runtime_checkable
+class Exclusive(Protocol):
+    """A sink that nobody else can write to while this process has it."""
+
+    def let_go(self) -> None:
+        """Leave it to another replica until the next `Sink.publish`. Called while nothing is published."""
 
 
 class Deposit(Protocol):

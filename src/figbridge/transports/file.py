@@ -35,7 +35,7 @@ _sync = getattr(os, "fdatasync", os.fsync)
 
 
 class FileSink:
-    """Appends to `path`. Opened by `check` or by the first `publish`, locked (flock) until `close`.
+    """Appends to `path`. Opened by `check` or by `publish`, locked (flock) until `close` or `let_go`.
 
     A file that was renamed or removed meanwhile (log rotation) is left as it is, and a new one is begun.
     """
@@ -83,6 +83,10 @@ class FileSink:
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
+
+    def let_go(self) -> None:
+        """See `Exclusive`."""
+        self.close()
 
     def _mend(self, fd: int) -> None:
         if self._torn_at is not None:
