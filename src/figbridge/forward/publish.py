@@ -38,6 +38,7 @@ from figbridge.transports import Deposit, Sink
 _log = structlog.get_logger()
 
 _GROUP: Final = 5000  # events
+_SLICE: Final = 500  # rows of a snapshot
 _PACKED: Final = 4  # times as many where they are packed: there are fewer entries of them
 
 
@@ -269,9 +270,14 @@ class Publish:
             self._source.wake()
 
     def _rows(self) -> int:
-        """Of a slice. A sink that writes lines makes as many as there are durable at once: that has its price."""
-        lines = 0 if self._standard or self._reads.flows else self._publisher.lines
-        return lines or self._reads.rows
+        """Of a slice. A sink that writes lines makes as many as there are durable at once: that has its price.
+
+        One that has several requests out is given some of them in any case.
+        """
+        lines = 0 if self._standard else self._publisher.lines
+        if not lines:
+            return max(_SLICE, self._reads.rows)
+        return self._reads.rows if self._reads.flows else lines
 
     def _deliver(self, batches: Sequence[Batch], *, refused: bool) -> None:
         if refused:

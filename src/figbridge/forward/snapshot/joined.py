@@ -34,7 +34,7 @@ NARROW: Final = 2000  # bytes of a row, on average, up to which it gains somethi
 # more, too: there is a round trip for each statement, in which the server is idle.
 _BLOCK_BYTES: Final = 1536 * 1024
 _BRIEF_BYTES: Final = 128 * 1024  # the same while the stream flows: a millisecond of the server's core, about
-_REST: Final = 0.02  # seconds, at most
+_REST: Final = 0.04  # seconds, at most
 _FEWEST: Final = 10  # rows
 
 
@@ -116,7 +116,7 @@ def read(
                 count += rows
                 size += sum(map(len, texts))
                 width = max(width / 4, size / count)
-            _rest(share, 2 * (time.monotonic() - sent))
+            _rest(share, 4 * (time.monotonic() - sent))
         return found.all()
 
 

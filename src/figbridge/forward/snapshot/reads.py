@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from figbridge.forward.snapshot.window import Window
 
 T = TypeVar("T")
-_FEWEST, _MOST = 500, 10_000  # rows that leave at once
+_FEWEST, _MOST = 150, 10_000  # rows that leave at once
 _BRIEF, _LONG = 0.001, 0.050  # seconds that they may take: while the stream flows, and while it has rested
 _RESTS: Final = 1.0  # seconds without an event
 
