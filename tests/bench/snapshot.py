@@ -11,15 +11,27 @@ from bench.report import SNAPSHOT, Line, Report, say
 
 
 def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
-    """The table of `rows` rows through figbridge, and by psycopg; in turn."""
-    slots = [*(f"snapshot_{run}" for run in range(size.runs)), "beside"]
+    """The table of `rows` rows through figbridge, and by psycopg; in turn.
+
+    Before that the latency: behind it a disk discards the gigabytes of events that were removed, and for a minute or so
+    each write waits for that, with a snapshot and without.
+    """
     legacy.fill([], rows, 100_000)
     legacy.execute(resources.files("figbridge").joinpath("schema.sql").read_text())
+    legacy.execute("VACUUM ANALYZE orders")
+    say(f"latency beside a snapshot, for {size.latency_seconds} s")
+    legacy.execute("SELECT setval('order_ids', %s)", [rows + 1])
+    legacy.slot("beside")
+    legacy.settle()
+    with Bridge(legacy.dsn, "beside", Load(timed=True, snapshot=True)) as bridge:
+        report.beside = pgbench(legacy, "beside", bridge, size)
+    legacy.execute("DELETE FROM orders WHERE id >= %s", [rows])
     legacy.execute("VACUUM ANALYZE orders")
     legacy.settle()
     what = f"a table of {rows:,} rows"
     peer, ours, resident = [], [], list[int]()
-    for run, slot in enumerate(slots[:-1]):
+    for run in range(size.runs):
+        slot = f"snapshot_{run}"
         say(f"{what}: run {run + 1} of {size.runs}")
         peer.append(peers.psycopg_copy(legacy))
         legacy.slot(slot)
@@ -31,9 +43,3 @@ def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
     best = statistics.median(it.seconds for it in peer)
     report.lines.append(Line.of(what, "psycopg, COPY TO STDOUT → nothing", rows, peer, best=best))
     report.lines.append(Line.of(what, SNAPSHOT, rows, ours, best=best, resident=resident))
-    say(f"latency beside a snapshot, for {size.latency_seconds} s")
-    legacy.execute("SELECT setval('order_ids', %s)", [rows + 1])
-    legacy.slot(slots[-1])
-    legacy.settle()
-    with Bridge(legacy.dsn, slots[-1], Load(timed=True, snapshot=True)) as bridge:
-        report.beside = pgbench(legacy, slots[-1], bridge, size)
