@@ -11,7 +11,8 @@ import boto3
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from figbridge.demo.postgres import EmbeddedPostgres, free_port
+from figbridge.demo.port import HeldPort
+from figbridge.demo.postgres import EmbeddedPostgres
 from fixtures.clock import until
 from fixtures.container import ROOT, as_the_kubelet, bridge_in, build, docker, environment_of, manifests, resource
 from fixtures.postgres import Database
@@ -48,7 +49,8 @@ def test_the_image_runs_the_forward_path_as_a_sidecar(image: str, database: Data
     data.chmod(0o777)  # the image's user is not ours
     tmp_path.chmod(0o755)
     name = f"figbridge-{uuid.uuid4().hex[:8]}"
-    environment = {"LEGACY_DSN": database.dsn, "FIGBRIDGE_LISTEN": f"127.0.0.1:{free_port()}"}
+    held = HeldPort()
+    environment = {"LEGACY_DSN": database.dsn, "FIGBRIDGE_LISTEN": f"127.0.0.1:{held.number}"}
     common = [
         "--network", "host", *environment_of(environment), "-v", f"{config}:{FILE}:ro",
         "-v", f"{data}:/var/lib/figbridge", "--read-only",
@@ -150,7 +152,8 @@ def test_the_image_runs_both_directions_as_kubernetes_would(
 ) -> None:
     manifest, kind, workload_name = workload
     documents = [*manifests("configuration"), *manifests("init")]
-    amazon, port = Amazon(aws_endpoint), free_port()
+    amazon, held = Amazon(aws_endpoint), HeldPort()
+    port = held.number
     (tmp_path / "bridge.yaml").write_text(resource(documents, "ConfigMap")["data"]["bridge.yaml"])
     tmp_path.chmod(0o755)
     bridge = bridge_in(resource(manifests(manifest), kind, workload_name))

@@ -15,12 +15,13 @@ import pwd
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Self
+
+from figbridge.demo.port import HeldPort
 
 DIRECTORY: Final = "FIGBRIDGE_POSTGRES_DIR"
 _UNPRIVILEGED: Final = "nobody"
@@ -84,7 +85,8 @@ class EmbeddedPostgres:
         self._user = pwd.getpwnam(_UNPRIVILEGED) if os.geteuid() == 0 else None
         self._root = Path(tempfile.mkdtemp(prefix="figbridge-pg-"))
         self._data = self._root / "data"
-        self.port = 0
+        self._port = HeldPort()
+        self.port = self._port.number
         self.log = self._root / "log"
 
     def __enter__(self) -> Self:
@@ -105,8 +107,6 @@ class EmbeddedPostgres:
 
     def start(self) -> None:
         """Start the server, on the port it had before if it ran before."""
-        if not self.port:
-            self.port = free_port()
         options = {**self._settings, "port": str(self.port), "unix_socket_directories": str(self._root)}
         flags = " ".join(f"-c {name}='{value}'" for name, value in options.items())
         self._run("pg_ctl", "-w", "-t", "60", "-D", self._data, "-l", self.log, "-o", flags, "start")
@@ -129,6 +129,7 @@ class EmbeddedPostgres:
             except RuntimeError:
                 with contextlib.suppress(OSError, ValueError):  # gone meanwhile, which is what we want
                     os.kill(int((self._data / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        self._port.close()
         shutil.rmtree(self._root, ignore_errors=True)
 
     def program(self, name: str) -> Path:
@@ -184,10 +185,3 @@ class EmbeddedPostgres:
         if self._user is None:
             return {}
         return {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
-
-
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -30,7 +30,8 @@ from figbridge.demo import bridge as demo_bridge
 from figbridge.demo import emulator, legacy_app, new_system, proof
 from figbridge.demo.bridge import Bridge
 from figbridge.demo.guard import Guard
-from figbridge.demo.postgres import EmbeddedPostgres, free_port, installations
+from figbridge.demo.port import HeldPort
+from figbridge.demo.postgres import EmbeddedPostgres, installations
 from figbridge.demo.processes import Part, ProcessDied
 from figbridge.demo.view import Snapshot, View
 from figbridge.demo.wiring import AwsWiring, LocalWiring, Wiring, environment
@@ -171,7 +172,7 @@ def _enter(stage: _Stage) -> _Cast:
     stage.after_the_guard.enter_context(server)
     _build_shop(server)
     wiring = _wire(stage)
-    dsn, port = server.dsn(_DATABASE), free_port()
+    dsn, port = server.dsn(_DATABASE), stage.after_the_guard.enter_context(HeldPort()).number
     config = directory / "bridge.yaml"
     config.write_text(demo_bridge.configuration(dsn, sink=wiring.sink, source=wiring.source, port=port))
     bridge = Bridge(config, port=port, guard=stage.guard, environment=environment())
