@@ -8,6 +8,7 @@ connection is opened; the kernel (`SOCKET`) when the host or the network is gone
 `patience`, the only one to notice a proxy or a firewall that keeps the connection and passes nothing on.
 """
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,19 +81,22 @@ def _within(gen: PQGen[T], seconds: float) -> PQGen[T]:
 
 
 def connect(
-    dsn: str, *, purpose: str, autocommit: bool = False, patience: float | None = PATIENCE
+    dsn: str, *, purpose: str, autocommit: bool = False, patience: float | None = PATIENCE, prepares: bool = False
 ) -> psycopg.Connection:
     """A connection that names itself ``figbridge-<purpose>``. Raises LegacyUnavailable (retryable) or BridgeError.
 
     A statement that has no answer after `patience` seconds closes the connection and raises psycopg.OperationalError,
     which `translated` makes LegacyUnavailable: what it did is unknown. None waits as long as it takes.
+
+    `prepares`: statements with ``prepare=True`` are prepared, for a `dsn` that names no pooler. Without it none is:
+    PgBouncer's transaction mode hands a prepared statement to nobody.
     """
     try:
         connection = Connection.connect(
             dsn,
             autocommit=autocommit,
             application_name=f"figbridge-{purpose}",
-            prepare_threshold=None,  # PgBouncer's transaction mode hands a prepared statement to nobody
+            prepare_threshold=sys.maxsize if prepares else None,  # executions until one is prepared that did not ask
             **socket_settings(dsn),  # type: ignore[arg-type]  # libpq's own parameters, which psycopg passes on
         )
     except psycopg.OperationalError as error:

@@ -13,7 +13,7 @@ from psycopg import sql
 
 from figbridge import legacy
 from figbridge.forward.snapshot import chunk, joined, loop, plan
-from figbridge.forward.snapshot.block import Block, Values
+from figbridge.forward.snapshot.block import Block, Part, Values
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.source import SETTINGS
 from figbridge.forward.table import Naming, Table
@@ -73,7 +73,7 @@ class Reader:
         return [row for it in chunks for block in it.blocks for row in self.layout.rows(block)]
 
     def lines(self, chunks: Sequence[chunk.Chunk]) -> list[str]:
-        return self.layout.names(self.rows(chunks))
+        return self.layout.names(Part.of(list(self.rows(chunks))))
 
 
 def ways(chunks: Sequence[chunk.Chunk]) -> list[str]:

@@ -4,15 +4,18 @@ INVARIANT. The writer never waits, or the server would cut the connection of a c
 sink. It asks `Buffer.full` before it reads more.
 
 The stream goes first. What a snapshot has read lies beside it (`put_reads`) and leaves in slices, each after all
-batches that were put before it, and in turn with those that were put later, if there are any. A batch that was put
-later goes first only where a read cannot undo it: the rows that it is about do not leave as reads any more, and one
+batches that were put before it, and when no other waits; or when the stream had `_SHARE` times as long as the last
+slice took, or a stream that never rests would hold up the snapshot for ever. A batch that was put later goes first only
+where a read cannot undo it: the rows that it is about do not leave as reads any more, and one
 with an event that does not say all of its row (`Batch.partial`) waits until all reads of its table have left.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from figbridge.event import Event, Rejection
 from figbridge.forward.checkpoint import Ticket
@@ -20,6 +23,8 @@ from figbridge.forward.snapshot.moved import Moved
 from figbridge.forward.snapshot.reads import Reads, Slice
 from figbridge.forward.versions import Version
 from figbridge.metrics import Metrics
+
+_SHARE: Final = 4
 
 
 @dataclass(slots=True)
@@ -50,7 +55,7 @@ class Buffer:
         self._metrics = metrics
         self._batches: deque[Batch] = deque()
         self._reads: list[Reads] = []
-        self._turn = False  # whether reads are next, if both wait
+        self._reads_due = self._slice_began = 0.0  # monotonic: when reads are next, if both wait; when the last began
         self._put = self._taken = 0  # batches of the stream
         self._condition = threading.Condition()
         self._bytes = self._read_bytes = self._events = 0
@@ -91,7 +96,7 @@ class Buffer:
             self._condition.wait_for(lambda: self._batches or self._reads or self._closed)
             reads = self._due()
             taken = [] if reads else self._oldest(most, overtaken)
-            self._turn = reads is None
+            self._slice_began = time.monotonic()
         # what follows looks at each row, which the writer must not wait for; no other thread does it
         for late, batch in overtaken:
             late.overtaken(batch.events)
@@ -113,7 +118,7 @@ class Buffer:
     def _due(self) -> Reads | None:
         """The reads that are next; None when a batch of the stream is."""
         waiting = [reads for reads in self._reads if self._taken >= reads.behind]
-        if waiting and (self._turn or not self._batches):
+        if waiting and (not self._batches or time.monotonic() >= self._reads_due):
             return waiting[0]
         return self._blocking(self._batches[0]) if self._batches else None
 
@@ -137,6 +142,8 @@ class Buffer:
         reads = batch.reads
         if reads is None:
             return
+        now = time.monotonic()
+        self._reads_due = now + _SHARE * (now - self._slice_began)
         if isinstance(batch.events, Slice):
             batch.size -= reads.back(batch.events)
         with self._condition:

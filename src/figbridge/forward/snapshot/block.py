@@ -1,6 +1,7 @@
 """What a chunk is made of: blocks, as they came from the server, and parts of them, whose values are JSON."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import compress
 from typing import Any, Final, NamedTuple, Self
 
 _PART: Final = 500  # rows; what has no room in a processor's cache costs more
@@ -49,8 +50,13 @@ class Part(NamedTuple):
         """Row by row, each a `Values` as a rule."""
         return zip(*self.columns, strict=True) if self.columns else [()] * self.rows
 
+    def kept(self, flags: Sequence[bool]) -> "Part":
+        """Those whose flag is true."""
+        return Part([list(compress(column, flags)) for column in self.columns], sum(flags))
+
     def cut(self, rows: int) -> tuple["Part", "Part"]:
-        """The first of them, and the others."""
+        """The first of them, as many as there are of `rows`, and the others."""
+        rows = min(rows, self.rows)
         return (
             Part([column[:rows] for column in self.columns], rows),
             Part([column[rows:] for column in self.columns], self.rows - rows),

@@ -32,7 +32,6 @@ _BLOCK_ROWS: Final = 500  # and
 _BLOCK_BYTES: Final = 512 * 1024  # of a block, about, which leaves at once
 _SECONDS: Final = 2.0  # after which the reading of a chunk is broken off
 _ODD: Final = 16  # chunks that are read by COPY once a row was odd: to find out costs as much as a chunk
-_REST: Final = 0.02  # seconds, at most
 _PATIENCE: Final = 200  # looks, 10 ms apart, whether a commit that was met has become visible
 _BEGIN: Final = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
@@ -120,7 +119,8 @@ def locked(connection: psycopg.Connection, name: Name, met: Callable[[list[int]]
                 return
         finally:
             if not connection.closed:
-                connection.execute("ROLLBACK")
+                # after a ROLLBACK psycopg forgets what was prepared; it read only, and one that failed is rolled back
+                connection.execute("COMMIT")
         time.sleep(0.01)
     raise LegacyUnavailable("a commit that the stream has told is not visible yet: a synchronous standby is away?")
 
@@ -143,8 +143,8 @@ def read(
     Keys of a chunk's rows have room where it had. Of others, `bounded`, the reading may be broken off, too; then `end`
     says that it was not.
 
-    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. While the stream
-    flows, by `share`, it has half of the time or more.
+    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. While the stream flows, by `share`, it
+    has most of the time.
     """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
@@ -246,8 +246,8 @@ def _blocks(
         size += len(copied)
         blocks.append(Block(made(copied), len(lines)))
         lines = []
-        if share and share.flows:  # the server goes on till the socket is full
-            time.sleep(min(_REST, time.monotonic() - cut_at))
+        if share:  # the server goes on till the socket is full
+            share.rest(time.monotonic() - cut_at)
             cut_at = time.monotonic()
 
     try:

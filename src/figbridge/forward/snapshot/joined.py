@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Final, NamedTuple, Self
 
 import psycopg
@@ -34,7 +34,6 @@ NARROW: Final = 2000  # bytes of a row, on average, up to which it gains somethi
 # more, too: there is a round trip for each statement, in which the server is idle.
 _BLOCK_BYTES: Final = 1536 * 1024
 _BRIEF_BYTES: Final = 128 * 1024  # the same while the stream flows: a millisecond of the server's core, about
-_REST: Final = 0.04  # seconds, at most
 _FEWEST: Final = 10  # rows
 
 
@@ -95,7 +94,7 @@ def read(
             wanted = min(most - count, max(_FEWEST, int(min(enough, most_bytes) / width)))
             sent = time.monotonic()
             statement = b"%b%b%b%b" % (before, select(cursor, wanted), behind, joint.limit(wanted))
-            with dialog.answered(statement) as (rows, texts):
+            with dialog.answered(statement, alone=not (share and share.flows)) as (rows, texts):
                 there = rows
                 if rows < wanted:  # it is the end, or one was left out
                     there = dialog.number(plans.key_count(plan, cursor, wanted).as_bytes(connection))
@@ -116,7 +115,8 @@ def read(
                 count += rows
                 size += sum(map(len, texts))
                 width = max(width / 4, size / count)
-            _rest(share, 4 * (time.monotonic() - sent))
+            if share:
+                share.rest(time.monotonic() - sent)
         return found.all()
 
 
@@ -126,12 +126,6 @@ def _last_key(layout: Layout, joint: Joint, block: Block, indexes: Sequence[int]
         return layout.keys(joint.last(block), indexes)
     except ValueError:
         return None
-
-
-def _rest(share: Share | None, seconds: float) -> None:
-    """While the stream flows."""
-    if share and share.flows:
-        time.sleep(min(_REST, seconds))
 
 
 class _Found:
@@ -204,10 +198,10 @@ class _Dialog:
         self._over.set()
 
     @contextmanager
-    def answered(self, statement: bytes) -> Iterator[tuple[int, tuple[bytes, ...]]]:
-        """How many rows there are, and their texts; the server is idle within, so others wait."""
+    def answered(self, statement: bytes, *, alone: bool) -> Iterator[tuple[int, tuple[bytes, ...]]]:
+        """How many rows there are, and their texts. The server is idle within: if it is `alone`, others wait."""
         result = self._answer(statement)
-        with SHORT_TURNS.held():
+        with SHORT_TURNS.held() if alone else nullcontext():
             rows, *texts = [result.get_value(0, place) or b"" for place in range(result.nfields)]
             yield int(rows), tuple(texts)
 

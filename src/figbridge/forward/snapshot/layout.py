@@ -66,7 +66,7 @@ class Layout:
         self._parts = table.parts[Operation.READ]
         named = [oids[index] for index in table.keys] if by_text(table, keyed=keyed) else []
         self._functions = _functions(table, keyed=keyed, named=named)
-        self._lines = Lines(table, lambda part: self._functions["names"](part.values()), keyed=keyed)
+        self._lines = Lines(table, self._named, keyed=keyed)
 
     def copy(self, query: sql.Composed) -> sql.Composed:
         """The statement that sends the rows of `query`."""
@@ -126,9 +126,15 @@ class Layout:
         name = table.name(row, table.key(row), b"" if self.keyed else table.row(row), keyed=self.keyed)
         return f"{table.label}{name.decode()}"
 
-    def names(self, rows: Iterable[Values]) -> list[str]:
+    def names(self, part: Part) -> list[str]:
         """What the stream's events about the same rows are noted under."""
-        found: list[str] = self._functions["names"](rows, self.table.label)
+        return self._named(part, self.table.label)
+
+    def _named(self, part: Part, label: str = "") -> list[str]:
+        if not part.rows:
+            return []
+        keys = [part.columns[index] for index in self.table.keys]
+        found: list[str] = self._functions["names"](zip(*keys, strict=True) if self.keyed else part.values(), label)
         return found
 
     def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
@@ -193,6 +199,7 @@ class _Pieces:
 def _functions(table: Table, *, keyed: bool, named: Sequence[int]) -> dict[str, Any]:
     """``names`` and ``events``, compiled. Their text is made of numbers alone, as `unroll`'s.
 
+    ``names`` has rows of the columns that name one alone, which are the key's if it is `keyed`.
     `named` has the types of the key's columns if their texts are the end of an id.
     """
     piece, labels, width = _Pieces(), [(label or b"").decode() for label in table.labels], range(len(table.labels))
@@ -205,12 +212,14 @@ def _functions(table: Table, *, keyed: bool, named: Sequence[int]) -> dict[str, 
     image = members(width)
     key = members(table.keys) + piece("}") if table.keys else piece("null")
     name = key if keyed else image + piece("}")
-    numbers = [
-        f"if len(v{it}) > {values.SAFE_LENGTH}{odd}: v{it} = number(v{it})"
+    numbered = {
+        it: f"if len(v{it}) > {values.SAFE_LENGTH}{odd}: v{it} = number(v{it})"
         for it in width
         if table.encoders[it] is values.safe_number
         for odd in ["" if table.relation.columns[it].type_oid == _INT8 else f" or v{it}[-1] > '9'"]
-    ]
+    }
+    numbers = list(numbered.values())
+    naming = table.keys if keyed else width
     if named:
         texts = [
             f"{{v{it}[1:-1]}}" if oid == _UUID else f"{{k{it}}}" if oid == _INT8 else f"{{v{it}}}"
@@ -228,15 +237,19 @@ def _functions(table: Table, *, keyed: bool, named: Sequence[int]) -> dict[str, 
     about = f'f"{{identity}}{end}", source, detail_type, f"{label}{key}", time'
     event = f'({about}, f"{start}{detail}".encode(), None, False, resources)'
     bodies = {
-        "names(rows, label='')": [*numbers, f'append(f"{{label}}{name}")'],
-        "events(rows, identity, ordinal, position, tail, time)": [
-            *numbers, *hashed, f"append(new(Event, {event}))", "ordinal += 1",
-        ],
-    }  # fmt: skip
+        "names(rows, label)": (
+            naming,
+            [*[numbered[it] for it in naming if it in numbered], f'append(f"{{label}}{name}")'],
+        ),
+        "events(rows, identity, ordinal, position, tail, time)": (
+            width,
+            [*numbers, *hashed, f"append(new(Event, {event}))", "ordinal += 1"],
+        ),
+    }
     namespace: dict[str, Any] = {"Event": Event, "new": tuple.__new__, "number": number, "hash": digest}
     namespace |= {"source": parts.source, "detail_type": parts.detail_type, "resources": parts.resources}
-    row = "".join(f"v{it}, " for it in width)
-    for function, body in bodies.items():
+    for function, (columns, body) in bodies.items():
+        row = "".join(f"v{it}, " for it in columns)
         text = [
             f"def {function}:",
             " made = []; append = made.append",

@@ -2,7 +2,7 @@
 
 Python pays for each row that it touches. Here it touches none: what stands between the values is the same for all rows
 of a chunk, so a list is filled with it, the values of each column are put into their places by one assignment, and one
-`join` makes the text of some hundred rows.
+`join` makes the text of some hundred rows. The list is used for the next rows of the chunk again.
 """
 
 import hashlib
@@ -42,7 +42,10 @@ def by_text(table: Table, *, keyed: bool) -> bool:
 
 
 class Lines:
-    """Of one version of a table. `names` gives the key of each row, as JSON; or all of it, for a table without one."""
+    """Of one version of a table. `names` gives the key of each row, as JSON; or all of it, for a table without one.
+
+    For one thread.
+    """
 
     def __init__(self, table: Table, names: Callable[[Part], Sequence[str]], *, keyed: bool) -> None:
         self._names, self._parts = names, table.parts[Operation.READ]
@@ -69,32 +72,38 @@ class Lines:
                 text += f"{'}' if table.keys else 'null'}{none}"
         self._end = f"{text}{'' if columns else '{'}}}{self._parts.end.decode()}"
         self._slots.append(len(columns) + 1)
+        self._made: tuple[tuple[str, Stamp, int], list[str]] | None = None  # of which rows, and `_empty`
 
     def of(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> bytes:
         """The lines of a part whose ordinals begin at `ordinal`; `identity` begins the ids."""
         if not part.rows:
             return b""
-        parts = self._parts
-        about = attributes(parts.source, parts.detail_type, stamp.time, parts.resources).decode()
-        begin = f'{{"version":"0","id":"{identity}'
-        between = [begin, f'"{about}{parts.start.decode()}{identity}', *self._between]
         columns = [*part.columns, self._ends(part), _UNITS]
         for index, long, odd in self._numbers:
             column = columns[index]
             if (long and max(map(len, column)) > values.SAFE_LENGTH) or (odd and not _are_digits(column)):
                 columns[index] = list(map(number, column))
-        between.append(f"{self._end}{stamp.read.decode()}")
-        end, step = f"{stamp.tail.decode()}}}\n", 2 * len(self._slots)
-        row = [""] * step
-        row[::2] = between
-        row[0] = end + begin
-        made = row * part.rows
-        made[0] = begin
-        made.append(end)
+        wanted = identity, stamp, part.rows
+        if self._made is None or self._made[0] != wanted:
+            self._made = wanted, self._empty(*wanted)
+        made, step = self._made[1], 2 * len(self._slots)
         for place, slot in enumerate(self._slots[:-1]):
             made[2 * place + 1 :: step] = columns[slot]
-        _count(made, stamp.first + ordinal, step)
+        _count(made, f"{self._end}{stamp.read.decode()}", stamp.first + ordinal, step)
         return "".join(made).encode()
+
+    def _empty(self, identity: str, stamp: Stamp, rows: int) -> list[str]:
+        """The text of so many rows, with nothing in the places of their values."""
+        parts = self._parts
+        about = attributes(parts.source, parts.detail_type, stamp.time, parts.resources).decode()
+        begin, end = f'{{"version":"0","id":"{identity}', f"{stamp.tail.decode()}}}\n"
+        between = [end + begin, f'"{about}{parts.start.decode()}{identity}', *self._between, self._end]
+        row = [""] * (2 * len(self._slots))
+        row[::2] = between
+        made = row * rows
+        made[0] = begin
+        made.append(end)
+        return made
 
     def _ends(self, part: Part) -> Sequence[str]:
         """Of the ids."""
@@ -124,18 +133,16 @@ def _are_digits(column: Sequence[str]) -> bool:
     return "n" not in text and "N" not in text
 
 
-def _count(made: list[str], first: int, step: int) -> None:
-    """Put the ordinals into the places before the last: the last three digits are looked up, the others stand before.
+def _count(made: list[str], before: str, first: int, step: int) -> None:
+    """Put the ordinals into their places, and what stands before them, with all but their last three digits.
 
-    To make a text of each number takes as long as all else that is done to a row's value.
+    Those three are looked up. To make a text of each number takes as long as all else that is done to a row's value.
     """
     rows, at = len(made) // step, 0
     while at < rows:
         thousand, unit = divmod(first + at, 1000)
         count = min(1000 - unit, rows - at)
-        place = slice(at * step + step - 1, (at + count) * step, step)
-        made[place] = (_THREE_DIGITS if thousand else _UNITS)[unit : unit + count]
-        if thousand:
-            before = slice(place.start - 1, (at + count) * step, step)
-            made[before] = repeat(f"{made[place.start - 1]}{thousand}", count)
+        behind = (at + count) * step
+        made[at * step + step - 1 : behind : step] = (_THREE_DIGITS if thousand else _UNITS)[unit : unit + count]
+        made[at * step + step - 2 : behind : step] = repeat(f"{before}{thousand or ''}", count)
         at += count

@@ -106,7 +106,7 @@ class Snapshot:
     def _some(self) -> bool:
         """Work at the next task, as far as it goes; False when there is none. Raises LegacyUnavailable."""
         with (
-            legacy.connect(self._dsn, purpose="snapshot", autocommit=True) as connection,
+            legacy.connect(self._dsn, purpose="snapshot", autocommit=True, prepares=True) as connection,
             legacy.translated(),
         ):
             task = self._bridge.claims.claim(connection, self._progress, self._bridge.moves, self._bridge.metrics)

@@ -39,7 +39,7 @@ from psycopg.types.json import Json
 
 from figbridge import legacy
 from figbridge.change import UNCHANGED, Change, Lsn, Value
-from figbridge.forward.snapshot.block import Block
+from figbridge.forward.snapshot.block import Block, Part
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.progress import HERE, MINE, ONE, OPEN, Progress, Task
 from figbridge.preflight.catalogue import Name
@@ -88,8 +88,9 @@ class Turn:
 
         One without a row has been deleted, or has moved on and is noted by its next key.
         """
-        stay = set(layout.names(again))
-        came = None if read is None else {it for block in read for it in layout.names(layout.rows(block))}
+        stay = set(layout.names(Part.of(list(again))))
+        parts = [] if read is None else [part for block in read for part in layout.parts(block)]
+        came = None if read is None else {name for part in parts for name in layout.names(part)}
         named = [(_called(layout, it.key), it) for it in self.entries]
         return [it for name, it in named if name not in stay and (came is None or name in came)]
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar, overload
 from figbridge.event import Event, Lines
 from figbridge.forward.checkpoint import Ticket
 from figbridge.forward.place import Stamp
-from figbridge.forward.snapshot.block import Block, Part, Values, cuts
+from figbridge.forward.snapshot.block import Block, Part
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.versions import Version
 
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FEWEST, _MOST = 150, 10_000  # rows that leave at once
-_BRIEF, _LONG = 0.001, 0.050  # seconds that they may take: while the stream flows, and while it has rested
+# seconds that they may take: while the stream flows, which takes half as long for some events, and while it has rested
+_BRIEF, _LONG = 0.0005, 0.050
 _RESTS: Final = 1.0  # seconds without an event
+_LEFT: Final = 8  # times as long as a read took, the stream has the cores for itself, if it flows
+_REST: Final = 0.08  # seconds, at most
 
 
 class _Walk:
@@ -88,20 +91,25 @@ class _Stretch(NamedTuple):
         return self._replace(rows=rows), self._replace(begin=self.begin + rows, rows=self.rows - rows)
 
 
-class _Chosen:
-    """Rows of which some have gone."""
+class _Kept:
+    """Rows of which some may have gone."""
 
-    def __init__(self, chosen: Sequence[Values]) -> None:
-        self._chosen, self.rows = chosen, len(chosen)
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts, self.rows = parts, sum(part.rows for part in parts)
 
     def parts(self) -> Iterator[Part]:
         """As `_Stretch.parts`."""
-        for first, count in cuts(self.rows):
-            yield Part.of(self._chosen[first : first + count])
+        return iter(self._parts)
 
-    def cut(self, rows: int) -> tuple["_Chosen", "_Chosen"]:
+    def cut(self, rows: int) -> tuple["_Kept", "_Kept"]:
         """As `_Stretch.cut`."""
-        return _Chosen(self._chosen[:rows]), _Chosen(self._chosen[rows:])
+        first, others = list[Part](), list[Part]()
+        for part in self._parts:
+            before, behind = part.cut(rows)  # of which one is empty, as a rule
+            first.append(before)
+            others.append(behind)
+            rows -= before.rows
+        return _Kept(first), _Kept(others)
 
 
 class Slice(Lines):
@@ -113,7 +121,7 @@ class Slice(Lines):
     def __init__(
         self,
         layout: Layout,
-        stretches: Sequence[_Stretch | _Chosen],
+        stretches: Sequence[_Stretch | _Kept],
         size: int,
         about: tuple[str, Stamp, int],
         hurried: Callable[[], bool],
@@ -149,9 +157,9 @@ class Slice(Lines):
             if self._hurried():
                 return
 
-    def rest(self) -> tuple[list[_Stretch | _Chosen], int]:
+    def rest(self) -> tuple[list[_Stretch | _Kept], int]:
         """The rows that it has ended before, and their size."""
-        left, rest = self._rows, list[_Stretch | _Chosen]()
+        left, rest = self._rows, list[_Stretch | _Kept]()
         for stretch in self._stretches:
             if left < stretch.rows:
                 rest.append(stretch.cut(left)[1] if left else stretch)
@@ -175,7 +183,7 @@ class Reads:
     def __init__(self, window: "Window", stamp: Stamp, ticket: Ticket, versions: Sequence[Version] = ()) -> None:
         self.table, self.ticket, self.versions = window.layout.table.relation.oid, ticket, versions
         self.left, self.behind = 0, 0  # behind: how many batches of the stream go before it
-        self._rest: list[_Stretch | _Chosen] = []  # of a slice that ended early
+        self._rest: list[_Stretch | _Kept] = []  # of a slice that ended early
         self._rest_size = 0
         self._layout, self._identity, self._stamp = window.layout, window.identity, stamp
         self._blocks, self._touched = list(reversed(window.offered)), window.touched
@@ -199,7 +207,7 @@ class Reads:
 
     def slice(self, rows: int, hurried: Callable[[], bool] = lambda: False) -> tuple[Slice, int]:
         """The next, of at most `rows` rows, and its size as `size` has counted it. See `Slice`, and `back`."""
-        found: list[_Stretch | _Chosen] = []
+        found: list[_Stretch | _Kept] = []
         count = size = 0
         while count < rows and not self.ended:
             stretch, bytes_ = self._next(rows - count)
@@ -220,7 +228,7 @@ class Reads:
         self._rest_size += size
         return size
 
-    def _next(self, most: int) -> tuple[_Stretch | _Chosen, int]:
+    def _next(self, most: int) -> tuple[_Stretch | _Kept, int]:
         """Neighbouring rows, at most so many, and their share of the bytes."""
         if self._rest:
             stretch = self._rest.pop(0)
@@ -238,12 +246,13 @@ class Reads:
             self._opened = None
         return stretch, size
 
-    def _untouched(self, stretches: Sequence[_Stretch | _Chosen]) -> _Chosen:
-        rows = [row for stretch in stretches for part in stretch.parts() for row in part.values()]
-        names = self._layout.names(rows)
-        if self._touched.isdisjoint(names):
-            return _Chosen(rows)
-        return _Chosen([row for row, name in zip(rows, names, strict=True) if name not in self._touched])
+    def _untouched(self, stretches: Sequence[_Stretch | _Kept]) -> _Kept:
+        kept = list[Part]()
+        for part in [part for stretch in stretches for part in stretch.parts()]:
+            names = self._layout.names(part)
+            none = self._touched.isdisjoint(names)
+            kept.append(part if none else part.kept([name not in self._touched for name in names]))
+        return _Kept(kept)
 
     @property
     def ended(self) -> bool:
@@ -262,6 +271,11 @@ class Share:
     def flows(self) -> bool:
         """Whether the stream had events just now. Other threads may ask."""
         return time.monotonic() - self._streamed < _RESTS
+
+    def rest(self, seconds: float) -> None:
+        """Of a thread that has read from the server for so long: leave the cores to the stream, while it flows."""
+        if self.flows:
+            time.sleep(min(_REST, _LEFT * seconds))
 
     def took(self, events: int, seconds: float, *, read: bool) -> None:
         """`events` became durable in `seconds`."""

@@ -47,7 +47,7 @@ class Standby:
         """Raises LegacyUnavailable."""
         try:
             with legacy.translated():
-                connection = legacy.connect(dsn, purpose="snapshot-standby", autocommit=True)
+                connection = legacy.connect(dsn, purpose="snapshot-standby", autocommit=True, prepares=True)
                 query = "SELECT system_identifier::text FROM pg_control_system()"
                 (found,) = connection.execute(query).fetchone() or ("",)
         except BridgeError as error:  # whatever it is, it is no failure of the table

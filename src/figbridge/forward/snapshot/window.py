@@ -99,8 +99,13 @@ class Window:
         """The rows of the chunk of which the stream told, but not all."""
         if not self._again:
             return ()
-        rows = [row for block in self.offered for row in self.layout.rows(block)]
-        return [row for row, name in zip(rows, self.layout.names(rows), strict=True) if name in self._again]
+        return [
+            row
+            for block in self.offered
+            for part in self.layout.parts(block)
+            for row, name in zip(part.values(), self.layout.names(part), strict=True)
+            if name in self._again
+        ]
 
     def close(self, outcome: Outcome) -> None:
         """Tell the reader."""
