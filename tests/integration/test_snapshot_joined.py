@@ -209,6 +209,23 @@ def test_the_server_keeps_the_memory_of_its_texts(database: Database) -> None:
     assert faults(prepared=True) < faults(prepared=False) / 2
 
 
+def test_what_is_asked_for_each_chunk_is_planned_once(each_database: Database) -> None:
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    reader = Reader(each_database, "thing")
+
+    def prepared(*, prepares: bool) -> int:
+        with legacy.connect(reader.dsn, purpose="snapshot", autocommit=True, prepares=prepares) as connection:
+            for _ in range(3):
+                with chunk.locked(connection, reader.name, lambda _: False):
+                    assert plan.describe(connection, reader.name, "pub") == reader.plan
+            rows = connection.execute("SELECT statement FROM pg_prepared_statements WHERE from_sql IS FALSE").fetchall()
+        assert all("pg_publication" in statement for (statement,) in rows)
+        return len(rows)
+
+    assert prepared(prepares=True) == 1
+    assert prepared(prepares=False) == 0, "behind a pooler another server process would be asked for it"
+
+
 def test_years_before_christ(database: Database) -> None:
     database.execute("CREATE TABLE thing (id int PRIMARY KEY, at timestamptz, local timestamp, word text)")
     database.execute(

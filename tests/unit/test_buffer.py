@@ -1,6 +1,8 @@
 """The stream goes before what a snapshot has read, and no read undoes what the stream told."""
 
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -86,7 +88,10 @@ def metrics() -> Metrics:
 
 
 @pytest.fixture
-def buffer(metrics: Metrics) -> Buffer:
+def buffer(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> Buffer:
+    """By a clock on which a second goes by for each look at it: a slice takes one, and the stream has four then."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     return Buffer(100, metrics)
 
 
@@ -133,6 +138,39 @@ def test_without_a_key_nothing_goes_first(buffer: Buffer) -> None:
     buffer.put_reads(reads(ROWS[:4], keyed=False))
     buffer.put(stream(event(9)))
     assert taken(buffer) == [[None, None], [None, None], ["~9"]]
+
+
+def test_beside_a_stream_with_pauses_slices_leave_in_these(buffer: Buffer) -> None:
+    buffer.put_reads(reads(ROWS))
+    turns = [one(buffer)]
+    for number in range(2):
+        buffer.put(stream(event(20 + number)))
+        buffer.put(stream(event(30 + number)))
+        turns += [one(buffer) for _ in range(3)]
+    assert [bool(it.reads) for it in turns] == [True, False, False, True, False, False, True]
+
+
+def test_a_stream_without_pauses_has_four_fifths_of_the_time(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice takes 3 s here, and a batch 1 s."""
+    now = 1.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    buffer.put_reads(reads(ROWS))
+    turns = []
+    for number in range(28):
+        buffer.put(stream(event(20 + number)))
+        (batch,) = buffer.take(1, 2)
+        now += 3.0 if batch.reads else 1.0
+        buffer.left(batch)
+        turns.append(bool(batch.reads))
+    assert [place for place, read in enumerate(turns) if read] == [0, 13, 26]
+
+
+def test_when_rows_are_touched_few_leave_at_once() -> None:
+    """Their values are made before they leave, which takes as much memory."""
+    late = reads([(number, 0, "") for number in range(30_000)], block=30_000)
+    late.overtaken([event(3)])
+    assert [len(late.slice(20_000)[0]) for _ in range(3)] == [9_999, 10_000, 10_000]
+    assert late.ended
 
 
 def test_tables_take_turns(buffer: Buffer) -> None:

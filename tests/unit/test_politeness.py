@@ -94,6 +94,21 @@ def test_a_chunk_has_as_many_rows_as_take_its_time_or_its_bytes(seconds: float, 
     assert rows[0] <= 8000, "it grows by and by"
 
 
+def test_a_reader_rests_beside_a_stream_that_flows(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, slept, share = Time(), list[float](), Share()
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    share.rest(0.002)
+    assert not slept, "nothing flows"
+    share.took(1, 1e-4, read=False)
+    share.rest(0.002)
+    share.rest(3.0)
+    assert slept == [pytest.approx(0.016), pytest.approx(0.08)], "eight times as long, and not for ever"
+    clock.now += 1.0
+    share.rest(0.002)
+    assert len(slept) == 2
+
+
 @pytest.mark.parametrize("pause", [0.1, 0.9])
 def test_beside_a_stream_that_flows_few_rows_leave_at_once(pause: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a sink that takes 10 µs a row: milliseconds in which the stream's next event waits, or 50 of them at rest."""
@@ -117,6 +132,6 @@ def test_beside_a_stream_that_flows_few_rows_leave_at_once(pause: float, monkeyp
     share.took(1, 1e-4, read=False)
     beside = slices(10, flows=True)
     assert beside == sorted(beside, reverse=True)
-    assert beside[-1] * 1e-5 <= 0.005
+    assert beside[-1] * 1e-5 <= 0.002
     clock.now += 1.0
     assert slices(10, flows=False)[-1] == at_rest[-1]

@@ -68,7 +68,7 @@ class FileSink:
                 _append(fd, events.lines(), self._torn_at)
             else:
                 _write_all(fd, b"\n".join([*events[0].bodies(events), b""]))
-            _sync(fd)
+                _sync(fd)
         except OSError as error:
             # After a failed fsync as well: the kernel drops what it could not write and calls the next fsync a
             # success (https://wiki.postgresql.org/wiki/Fsync_Errors), so the lines have to be written once more.
@@ -179,9 +179,10 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _append(fd: int, parts: Iterable[bytes], end: int) -> None:
-    """Write `parts` behind `end`. What has come together becomes durable while the next parts are made. Raises OSError.
+    """Write `parts` behind `end`, durably. Raises OSError.
 
-    A disk has its cache, too, and only a sync empties that: to ask for one at the end alone took a fifth of the time.
+    What has come together becomes durable while the next parts are made: a disk has its cache, too, and only a sync
+    empties that. To ask for one at the end alone took a fifth of the time.
     """
     sync: Future[None] | None = None
     waiting = 0  # bytes of which no sync knows
@@ -194,8 +195,9 @@ def _append(fd: int, parts: Iterable[bytes], end: int) -> None:
                     sync.result()
                 end += waiting
                 sync, waiting = syncing.submit(_put_away, fd, end - waiting, waiting), 0
+        _sync(fd)  # beside the one that is out
     if sync:
-        sync.result()  # the kernel tells of an error once: the next sync would know nothing of it
+        sync.result()  # the kernel tells of an error once: the other would know nothing of it
 
 
 def _put_away(fd: int, offset: int, size: int) -> None:

@@ -209,6 +209,8 @@ class Reads:
         """The next, of at most `rows` rows, and its size as `size` has counted it. See `Slice`, and `back`."""
         found: list[_Stretch | _Kept] = []
         count = size = 0
+        if self._touched:  # then all of them are made at once
+            rows = min(rows, _MOST)
         while count < rows and not self.ended:
             stretch, bytes_ = self._next(rows - count)
             found.append(stretch)
