@@ -83,7 +83,7 @@ class Encrypted:
             target.chmod(0o600)
             if self.server._user:
                 os.chown(target, self.server._user.pw_uid, self.server._user.pw_gid)
-        if self.server.port:
+        if self.server.running:
             self.server.reload()
 
 

@@ -105,6 +105,11 @@ class EmbeddedPostgres:
         """Connection string of a database of this server."""
         return f"host=127.0.0.1 port={self.port} dbname={database} user={user}"
 
+    @property
+    def running(self) -> bool:
+        """Whether it was started, and not stopped."""
+        return (self._data / "postmaster.pid").exists()
+
     def start(self) -> None:
         """Start the server, on the port it had before if it ran before."""
         options = {**self._settings, "port": str(self.port), "unix_socket_directories": str(self._root)}
@@ -123,7 +128,7 @@ class EmbeddedPostgres:
 
     def close(self) -> None:
         """Stop the server if it runs, and remove everything."""
-        if (self._data / "postmaster.pid").exists():
+        if self.running:
             try:
                 self.stop("immediate")
             except RuntimeError:

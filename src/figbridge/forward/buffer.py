@@ -55,7 +55,8 @@ class Buffer:
         self._metrics = metrics
         self._batches: deque[Batch] = deque()
         self._reads: list[Reads] = []
-        self._reads_due = self._slice_began = 0.0  # monotonic: when reads are next, if both wait; when the last began
+        # by the monotonic clock: when reads are next, if both wait, and when what was taken last was taken
+        self._reads_due = self._taken_at = 0.0
         self._put = self._taken = 0  # batches of the stream
         self._condition = threading.Condition()
         self._bytes = self._read_bytes = self._events = 0
@@ -96,7 +97,7 @@ class Buffer:
             self._condition.wait_for(lambda: self._batches or self._reads or self._closed)
             reads = self._due()
             taken = [] if reads else self._oldest(most, overtaken)
-            self._slice_began = time.monotonic()
+            self._taken_at = time.monotonic()
         # what follows looks at each row, which the writer must not wait for; no other thread does it
         for late, batch in overtaken:
             late.overtaken(batch.events)
@@ -143,7 +144,7 @@ class Buffer:
         if reads is None:
             return
         now = time.monotonic()
-        self._reads_due = now + _SHARE * (now - self._slice_began)
+        self._reads_due = now + _SHARE * (now - self._taken_at)
         if isinstance(batch.events, Slice):
             batch.size -= reads.back(batch.events)
         with self._condition:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _FEWEST, _MOST = 150, 10_000  # rows that leave at once
-# seconds that they may take: while the stream flows, which takes half as long for some events, and while it has rested
+# seconds that they may take: while the stream flows (some events of its own take half as long), and while it rests
 _BRIEF, _LONG = 0.0005, 0.050
 _RESTS: Final = 1.0  # seconds without an event
 _LEFT: Final = 8  # times as long as a read took, the stream has the cores for itself, if it flows
