@@ -89,7 +89,7 @@ def metrics() -> Metrics:
 
 @pytest.fixture
 def buffer(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> Buffer:
-    """By a clock on which a second goes by for each look at it: a slice takes one, and the stream has four then."""
+    """By a clock on which a second goes by for each look at it: a slice takes one, and the stream has two then."""
     clock = itertools.count(1)
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     return Buffer(100, metrics)
@@ -145,24 +145,23 @@ def test_beside_a_stream_with_pauses_slices_leave_in_these(buffer: Buffer) -> No
     turns = [one(buffer)]
     for number in range(2):
         buffer.put(stream(event(20 + number)))
-        buffer.put(stream(event(30 + number)))
-        turns += [one(buffer) for _ in range(3)]
-    assert [bool(it.reads) for it in turns] == [True, False, False, True, False, False, True]
+        turns += [one(buffer) for _ in range(2)]
+    assert [bool(it.reads) for it in turns] == [True, False, True, False, True]
 
 
-def test_a_stream_without_pauses_has_four_fifths_of_the_time(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_without_pauses_has_two_thirds_of_the_time(buffer: Buffer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice takes 3 s here, and a batch 1 s."""
     now = 1.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     buffer.put_reads(reads(ROWS))
     turns = []
-    for number in range(28):
+    for number in range(16):
         buffer.put(stream(event(20 + number)))
         (batch,) = buffer.take(1, 2)
         now += 3.0 if batch.reads else 1.0
         buffer.left(batch)
         turns.append(bool(batch.reads))
-    assert [place for place, read in enumerate(turns) if read] == [0, 13, 26]
+    assert [place for place, read in enumerate(turns) if read] == [0, 7, 14]
 
 
 def test_when_rows_are_touched_few_leave_at_once() -> None:

@@ -24,7 +24,7 @@ from figbridge.forward.snapshot.reads import Reads, Slice
 from figbridge.forward.versions import Version
 from figbridge.metrics import Metrics
 
-_SHARE: Final = 4
+_SHARE: Final = 2
 
 
 @dataclass(slots=True)
