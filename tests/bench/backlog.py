@@ -24,6 +24,7 @@ from figbridge.demo.postgres import EmbeddedPostgres
 from fixtures.clock import until
 
 PUBLICATION = "bench"
+CALM = 10.0  # seconds that a disk was quick before latencies are measured: what it does beside comes in fits
 _SCHEMA = """
 CREATE TABLE orders (
     id bigint PRIMARY KEY, customer text, total numeric(12,2), currency char(3), placed_at timestamptz,
@@ -123,21 +124,27 @@ class Legacy:
             self._connection.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [slot])
         self._connection.execute("CHECKPOINT")  # the WAL of the last backlog goes now, not while somebody is measured
 
-    def settle(self) -> None:
+    def settle(self, calm: float = 0.5) -> None:
         """Let the disk finish with what was written: a reader's fdatasync would wait for it, too.
 
         The server does not (fsync is off), and the kernel begins half a minute later: then it is somebody's turn. What
-        was removed, gigabytes of events, keeps a disk that discards it busy, too: of that a small write knows.
+        was removed, gigabytes of events, keeps a disk that discards it busy, too, now and then: a file that grows knows
+        of that. Returns when it could grow for `calm` seconds without being kept waiting, or after two minutes.
         """
         self._connection.execute("CHECKPOINT")
         os.sync()
         with tempfile.TemporaryFile(prefix="figbridge-bench-") as file:
-            quick, deadline = 0, time.monotonic() + 60
-            while quick < 500 and time.monotonic() < deadline:
-                began = time.monotonic()
-                os.pwrite(file.fileno(), b"x" * 4096, 0)
+            began = since = quick = time.monotonic()
+            while quick - began < 120:
+                file.write(b"x" * 4096)
+                file.flush()
                 os.fdatasync(file.fileno())
-                quick = quick + 1 if time.monotonic() - began < 0.02 else 0
+                now = time.monotonic()
+                if now - quick > 0.02:
+                    since = now
+                quick = now
+                if now - since > calm:
+                    return
 
     def slot(self, name: str) -> None:
         """Make one more slot."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import peers, proc
-from bench.backlog import INSERT_ONE, Backlog, Legacy
+from bench.backlog import CALM, INSERT_ONE, Backlog, Legacy
 from bench.ours import Bridge, Load
 from bench.report import Latency, Line, Report, say
 from fixtures.clock import until
@@ -93,6 +93,7 @@ def latency(legacy: Legacy, size: Size, report: Report) -> None:
     """Commit to durable: pgbench commits rows at a fixed rate, one a transaction, from a process of its own."""
     say(f"latency at {size.commits:,} commits/s, for {size.latency_seconds} s")
     legacy.begin(["latency"])
+    legacy.settle(CALM)
     with Bridge(legacy.dsn, "latency", Load(timed=True)) as bridge:
         report.latency = pgbench(legacy, "latency", bridge, size)
 

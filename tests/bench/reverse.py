@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psycopg
 
-from bench.backlog import Legacy
+from bench.backlog import CALM, Legacy
 from bench.forward import Size, percentile
 from bench.proc import Finished, cpu_seconds, memory
 from bench.report import Applied, Latency, Report, say
@@ -190,7 +190,7 @@ def reverse(legacy: Legacy, size: Size, report: Report) -> None:
             Applied.of("figbridge, 10 events a batch", rows // 4, small, best),
         ]
         say(f"reverse: latency at {_RATE} events/s, for {size.latency_seconds} s")
-        legacy.settle()
+        legacy.settle(CALM)
         report.reverse_latency = _latency(dsn, Path(directory) / "latency.sqlite", size.latency_seconds)
 
 

@@ -4,7 +4,7 @@ import statistics
 from importlib import resources
 
 from bench import peers
-from bench.backlog import Legacy
+from bench.backlog import CALM, Legacy
 from bench.forward import Size, pgbench
 from bench.ours import Bridge, Load
 from bench.report import SNAPSHOT, Line, Report, say
@@ -22,7 +22,7 @@ def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
     say(f"latency beside a snapshot, for {size.latency_seconds} s")
     legacy.execute("SELECT setval('order_ids', %s)", [rows + 1])
     legacy.slot("beside")
-    legacy.settle()
+    legacy.settle(CALM)
     with Bridge(legacy.dsn, "beside", Load(timed=True, snapshot=True)) as bridge:
         report.beside = pgbench(legacy, "beside", bridge, size)
     legacy.execute("DELETE FROM orders WHERE id >= %s", [rows])
