@@ -90,11 +90,12 @@ def test_a_torn_last_line_is_cut_off(path: Path, kept: bytes, torn: bytes) -> No
 class Parts(Lines):
     """Events that come as lines, in parts of half a megabyte."""
 
-    def __init__(self, count: int) -> None:
-        self.parts = [(event(number).envelope() + b"\n") * 2000 for number in range(count)]
+    def __init__(self, count: int, lines: int = 2000) -> None:
+        self.each = lines
+        self.parts = [(event(number).envelope() + b"\n") * lines for number in range(count)]
 
     def __len__(self) -> int:
-        return 2000 * len(self.parts)
+        return self.each * len(self.parts)
 
     def __getitem__(self, _: object) -> Any:
         raise AssertionError("its lines are enough")
@@ -109,6 +110,29 @@ def test_lines_that_come_in_parts(path: Path) -> None:
         sink.publish([event(1)])
         sink.publish(parts)
     assert sum(map(len, parts.parts)) > 2 * file._AHEAD, "some are made durable before all are there"
+    assert path.read_bytes() == LINE + b"".join(parts.parts)
+
+
+def test_more_parts_than_one_call_takes(path: Path) -> None:
+    parts = Parts(2 * os.sysconf("SC_IOV_MAX"), 1)
+    with opened(path) as sink:
+        sink.publish(parts)
+    assert path.read_bytes() == b"".join(parts.parts)
+
+
+def test_a_disk_that_is_full_within_parts_that_are_written_together(path: Path) -> None:
+    parts = Parts(30, 20)
+    with opened(path) as sink:
+        sink.publish([event(1)])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(LINE) + len(parts.parts[0]) * 5 // 2, hard))
+        try:
+            with pytest.raises(SinkUnavailable):
+                sink.publish(parts)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == LINE
+        sink.publish(parts)
     assert path.read_bytes() == LINE + b"".join(parts.parts)
 
 

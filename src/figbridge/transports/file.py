@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
@@ -28,6 +28,9 @@ _HEADS: Final = (b'{"version":"0","id":', b'{"specversion":"1.0","id":', b'{"fig
 # The file does not care how long a line is; what groups writes is how much memory and how many fsyncs they cost.
 _LIMITS: Final = Limits(entries=10_000, entry_bytes=1 << 31, batch_bytes=16 * 1024 * 1024, partial=False, lines=100_000)
 _AHEAD = 4 * 1024 * 1024  # bytes that are written before they are made durable beside what comes
+# that one call writes: where a file system takes large pieces, each of them costs as much as a small one
+_TOGETHER = 1024 * 1024
+_MOST_TOGETHER = 64  # pieces: a call takes 1024, at most (IOV_MAX)
 _FRAME = 256  # bytes of a line beside its detail, more or less
 
 # fdatasync leaves out the modification time, which nobody needs to be durable; it writes the size, which we do need
@@ -67,7 +70,7 @@ class FileSink:
             if isinstance(events, Lines):
                 _append(fd, events.lines(), self._torn_at)
             else:
-                _write_all(fd, b"\n".join([*events[0].bodies(events), b""]))
+                _write_all(fd, [b"\n".join([*events[0].bodies(events), b""])])
                 _sync(fd)
         except OSError as error:
             # After a failed fsync as well: the kernel drops what it could not write and calls the next fsync a
@@ -187,9 +190,8 @@ def _append(fd: int, parts: Iterable[bytes], end: int) -> None:
     sync: Future[None] | None = None
     waiting = 0  # bytes of which no sync knows
     with ThreadPoolExecutor(1, "file-sync") as syncing:
-        for part in parts:
-            _write_all(fd, part)
-            waiting += len(part)
+        for together in _grouped(parts):
+            waiting += _write_all(fd, together)
             if waiting > _AHEAD and (sync is None or sync.done()):
                 if sync:
                     sync.result()
@@ -211,13 +213,28 @@ def _put_away(fd: int, offset: int, size: int) -> None:
             os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def _write_all(fd: int, data: bytes) -> None:
-    written = os.write(fd, data)
-    if written == len(data):  # as a rule; a copy of 8 MiB is spared
-        return
-    rest = memoryview(data)[written:]
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+def _grouped(parts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Neighbours together, some of them, as they come: none is held back for long, nor are there many."""
+    group, size = list[bytes](), 0
+    for part in parts:
+        group.append(part)
+        size += len(part)
+        if size >= _TOGETHER or len(group) == _MOST_TOGETHER:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _write_all(fd: int, parts: Sequence[bytes]) -> int:
+    """How many bytes they are. Raises OSError."""
+    size = sum(map(len, parts))
+    written = os.writev(fd, parts)
+    if written < size:  # a full disk, say
+        rest = memoryview(b"".join(parts))[written:]
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+    return size
 
 
 def _translated(error: OSError, path: Path) -> SinkError:
