@@ -9,6 +9,8 @@ from bench.forward import Size, pgbench
 from bench.ours import Bridge, Load
 from bench.report import SNAPSHOT, Line, Report, say
 
+_CALM = 2.0  # seconds
+
 
 def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
     """The table of `rows` rows through figbridge, and by psycopg; in turn.
@@ -35,6 +37,7 @@ def snapshot(legacy: Legacy, size: Size, rows: int, report: Report) -> None:
         say(f"{what}: run {run + 1} of {size.runs}")
         peer.append(peers.psycopg_copy(legacy))
         legacy.slot(slot)
+        legacy.settle(_CALM)  # the events of the run before were removed: to discard them is no part of this one
         with Bridge(legacy.dsn, slot, Load(row="orders.read", snapshot=True)) as bridge:
             done, resident = bridge.read(rows)
         if done.rows != rows:
