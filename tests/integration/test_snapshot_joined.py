@@ -1,7 +1,10 @@
 """Rows that the server joins are those that COPY sends, value by value; what is not so simple is left to COPY."""
 
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,27 @@ class Reader:
     def connected(self) -> psycopg.Connection:
         return legacy.connect(self.dsn, purpose="snapshot", autocommit=True)
 
+    def read(
+        self,
+        connection: psycopg.Connection,
+        cursor: plan.Cursor | None = None,
+        condition: str | None = None,
+        *,
+        most: int,
+        width: float = NARROW,
+        awaited: Callable[[], bool] = lambda: True,
+    ) -> chunk.Chunk:
+        with ThreadPoolExecutor(1) as looking:
+            return chunk.read(
+                connection, self.plan, self.layout, cursor, condition,
+                most=most, width=width, looking=looking, awaited=awaited,
+            )  # fmt: skip
+
     def chunks(self, width: float, most: int = 100_000, condition: str | None = None) -> Iterator[chunk.Chunk]:
         cursor, end = None, False
         with self.connected() as connection, chunk.locked(connection, self.name, lambda _: False):
             while not end:
-                found = chunk.read(connection, self.plan, self.layout, cursor, condition, most=most, width=width)
+                found = self.read(connection, cursor, condition, most=most, width=width)
                 cursor, end = found.cursor, found.end
                 width = WIDE if found.odd else width  # as `chunk.Size` has it
                 yield found
@@ -72,8 +91,28 @@ class Reader:
     def rows(self, chunks: Sequence[chunk.Chunk]) -> list[Values]:
         return [row for it in chunks for block in it.blocks for row in self.layout.rows(block)]
 
+    def places(self, chunks: Sequence[chunk.Chunk]) -> list[tuple[str, ...]]:
+        """Their cursors' keys, as the server prints them: there are two ways to write ``true``."""
+        literals = [plan._literals(self.plan, it.cursor["key"]) if it.cursor else sql.SQL("NULL") for it in chunks]
+        rows = sql.SQL(", ").join([sql.SQL("ROW({})::text").format(it) for it in literals])
+        with self.connected() as connection:
+            return connection.execute(sql.SQL("SELECT {}").format(rows)).fetchall()
+
     def lines(self, chunks: Sequence[chunk.Chunk]) -> list[str]:
         return self.layout.names(Part.of(list(self.rows(chunks))))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """The statements whose rows are joined."""
+    statements, ask = list[bytes](), joined._Dialog._answer
+
+    def noted(dialog: Any, statement: bytes) -> Any:
+        statements.append(statement)
+        return ask(dialog, statement)
+
+    monkeypatch.setattr(joined._Dialog, "_answer", noted)
+    return statements
 
 
 def ways(chunks: Sequence[chunk.Chunk]) -> list[str]:
@@ -86,7 +125,7 @@ def compared(reader: Reader, most: int = 100_000) -> list[chunk.Chunk]:
     assert set(ways(others)) <= {"copied"}
     assert reader.rows(found) == reader.rows(others)
     assert [it.rows for it in found] == [it.rows for it in others]
-    assert [it.cursor for it in found] == [it.cursor for it in others]
+    assert reader.places(found) == reader.places(others)
     assert reader.lines(found) == reader.lines(others)
     return found
 
@@ -103,16 +142,48 @@ def test_the_values_are_those_of_copy(each_database: Database, numbers: str) -> 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("text", "chr(n + 200)"), ("uuid", "md5(n::text)::uuid"), ("timestamptz", "now() + n * interval '1 s'")],
+    [
+        ('text COLLATE "C"', "chr(n + 200)"),
+        ("text", r"E'it''s \\\n' || n"),
+        ("varchar(9)", "n::text"),
+        ("char(4)", "n::text"),
+        ("uuid", "md5(n::text)::uuid"),
+        ("timestamptz", "now() + n * interval '1 s'"),
+        ("timestamp", "now() - n * interval '100 years'"),
+        ("date", "'-infinity'::date + n * 0"),
+        ("smallint", "-n"),
+        ("bigint", "n * 9007199254740993"),
+        ("numeric", "n / 7.0"),
+        ("float8", "-n / 7.0"),
+        ("interval", "n * interval '1 day'"),
+        ("inet", "'10.0.0.0'::inet + n"),
+        ("bytea", "n::text::bytea"),
+        ("mood", "'sad'::mood"),
+        ("cents", "n"),
+    ],
 )
-def test_keys(database: Database, key: str, value: str) -> None:
+@pytest.mark.parametrize("single", [True, False])
+def test_keys(
+    database: Database, asked: list[bytes], monkeypatch: pytest.MonkeyPatch, key: str, value: str, *, single: bool
+) -> None:
+    """Of one column, and of two. A block is found by the index, also where it begins behind another's last key."""
+    monkeypatch.setattr(joined, "_BLOCK_BYTES", int(10 * NARROW))
+    database.execute("CREATE TYPE mood AS ENUM ('sad', 'ok'); CREATE DOMAIN cents AS bigint")
+    columns = "k" if single else "k, b"
+    database.execute(f"CREATE TABLE thing (v int, b bool, k {key}, PRIMARY KEY ({columns}))")
     database.execute(
-        f'CREATE TABLE thing (v int, b bool, k {key} COLLATE "C", PRIMARY KEY (k, b))'.replace(
-            ' COLLATE "C"', ' COLLATE "C"' if key == "text" else ""
-        )
+        f"INSERT INTO thing SELECT n, n % 2 = 0, {value} FROM generate_series(1, 50) AS n ON CONFLICT DO NOTHING"
     )
-    database.execute(f"INSERT INTO thing SELECT n, n % 2 = 0, {value} FROM generate_series(1, 50) AS n")
-    assert ways(compared(Reader(database, "thing"), most=15)) == ["joined"] * 4
+    ((rows,),) = database.execute("SELECT count(*) FROM thing")
+    reader = Reader(database, "thing")
+    assert set(ways(compared(reader, most=30))) == {"joined"}
+    statements = [it for it in asked if b"LATERAL" in it]
+    assert statements or rows <= 10
+    with reader.connected() as connection, chunk.locked(connection, reader.name, lambda _: False):
+        for statement in statements:
+            explained = "\n".join(line for (line,) in connection.execute(b"EXPLAIN " + statement).fetchall())
+            assert "Sort" not in explained
+            assert explained.count("Index Cond") >= statement.count(b"LATERAL")
 
 
 @pytest.mark.parametrize(
@@ -144,35 +215,47 @@ def test_what_is_odd_is_left_to_copy_with_what_follows(
     assert reader.rows([first, second]) == reader.rows(list(reader.chunks(WIDE)))
 
 
+@pytest.mark.parametrize("separator", [r"\x7f", r"\x1f"])
 @pytest.mark.parametrize("type_", ["text", "jsonb"])
-def test_a_separator_where_the_next_statement_would_begin(
-    database: Database, monkeypatch: pytest.MonkeyPatch, type_: str
+def test_a_separator_in_a_value(
+    database: Database, monkeypatch: pytest.MonkeyPatch, type_: str, separator: str
 ) -> None:
-    """What is taken for the last key is another value then, and may be none of the key's type."""
+    """One of a text would be taken for the end of a value; JSON has none of those that its values are cut at."""
     monkeypatch.setattr(joined, "_FEWEST", 1)
     monkeypatch.setattr(joined, "_BLOCK_BYTES", int(5 * NARROW))
-    value = r"E'no number \x7f' || n" if type_ == "text" else r"to_jsonb(E'no number \x7f' || n)"
-    key = "int" if type_ == "jsonb" else 'text COLLATE "C"'
-    database.execute(f"CREATE TABLE thing (id {key} PRIMARY KEY, v {type_})")
+    value = f"E'here {separator}' || n" if type_ == "text" else f"to_jsonb(E'here {separator}' || n)"
+    database.execute(f'CREATE TABLE thing (id text COLLATE "C" PRIMARY KEY, v {type_})')
     database.execute(f"INSERT INTO thing SELECT n, {value} FROM generate_series(11, 40) AS n")
     database.execute("UPDATE thing SET v = NULL WHERE id::int < 25")
     reader = Reader(database, "thing")
     found = list(reader.chunks(NARROW))
-    assert set(ways(found)) == {"joined", "copied"}
+    odd = (type_, separator) == ("text", r"\x7f")
+    assert set(ways(found)) == ({"joined", "copied"} if odd else {"joined"})
     assert reader.rows(found) == reader.rows(list(reader.chunks(WIDE)))
 
 
-def test_the_server_makes_no_text_that_is_many_times_larger(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_grows_until_it_is_awaited(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "_FEWEST", 1)
+    monkeypatch.setattr(joined, "_BLOCK_BYTES", int(10 * NARROW))
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    database.execute("INSERT INTO thing SELECT generate_series(1, 5000)")
+    reader = Reader(database, "thing")
+
+    def rows(awaited: Iterable[bool]) -> int:
+        answers = iter(awaited)
+        with reader.connected() as connection, chunk.locked(connection, reader.name, lambda _: False):
+            found = reader.read(connection, most=1000, awaited=lambda: next(answers))
+        assert found.cursor is not None
+        assert found.cursor["key"] == [str(found.rows)]
+        return found.rows
+
+    assert rows([True]) == 1000
+    assert 1000 < rows([False, True]) < 1500
+    assert rows(repeat(False)) == 1500
+
+
+def test_the_server_makes_no_text_that_is_many_times_larger(database: Database, asked: list[bytes]) -> None:
     """Where rows of some bytes were expected, thousands come that are small on disk alone."""
-    asked, ask = list[bytes](), joined._Dialog._answer
-
-    def noted(dialog: Any, statement: bytes) -> Any:
-        asked.append(statement)
-        return ask(dialog, statement)
-
-    monkeypatch.setattr(joined._Dialog, "_answer", noted)
     database.execute("CREATE TABLE thing (id int PRIMARY KEY, v text)")
     database.execute("INSERT INTO thing SELECT n FROM generate_series(1, 30000) AS n")
     database.execute("UPDATE thing SET v = repeat('small on disk', 200) WHERE id > 20000")
@@ -180,9 +263,11 @@ def test_the_server_makes_no_text_that_is_many_times_larger(
     (found,) = list(reader.chunks(20, most=50_000))
     assert (set(ways([found])), found.odd, found.rows) == ({"copied"}, True, 30_000)
     statement, _ = asked
-    limit, rows = int(statement.rpartition(b" <= ")[2]), int(statement.partition(b" LIMIT ")[2].split(b")")[0])
+    limits, rows = re.findall(rb" <= (\d+)\)", statement), re.findall(rb" LIMIT (\d+)\)", statement)
+    assert len(set(limits)) == 1
+    limit = int(limits[0])
     assert limit < 13 * 200
-    assert 16 * 2**20 < limit * rows <= 32 * 2**20
+    assert 32 * 2**20 < limit * sum(map(int, rows)) <= 64 * 2**20
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are read from /proc")
@@ -202,7 +287,7 @@ def test_the_server_keeps_the_memory_of_its_texts(database: Database) -> None:
                 joined.prepare(connection)
             for _ in range(2):
                 before = int(stat.read_text().rpartition(")")[2].split()[7])
-                found = chunk.read(connection, reader.plan, reader.layout, None, None, most=20_000, width=NARROW)
+                found = reader.read(connection, most=20_000)
                 assert ways([found])[0] == "joined"
             return int(stat.read_text().rpartition(")")[2].split()[7]) - before
 
@@ -242,6 +327,16 @@ def test_a_column_of_the_name_that_the_server_gives_a_result(database: Database,
     reader = Reader(database, "thing")
     found = compared(reader, most=2)
     assert [row[1] for row in reader.rows(found)] == [str(n) for n in range(1, 10)]
+
+
+@pytest.mark.parametrize("name", ["a", "b0", "c0"])
+def test_a_table_of_the_name_that_a_block_has(database: Database, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(joined, "_BLOCK_BYTES", int(10 * NARROW))
+    database.execute(f"CREATE TABLE {name} (k0 int PRIMARY KEY, t0 text, a text, b0 text, c0 text)")
+    database.execute(f"INSERT INTO {name} SELECT n, n, -n, n, -n FROM generate_series(1, 100) AS n")
+    reader = Reader(database, name)
+    found = compared(reader)
+    assert [row[0] for row in reader.rows(found)] == [str(n) for n in range(1, 101)]
 
 
 def test_once_it_was_odd_copy_is_asked_for_a_while() -> None:
@@ -292,7 +387,7 @@ def test_a_server_that_does_not_answer(database: Database) -> None:
         with database.connect() as other, other.transaction():
             other.execute("LOCK TABLE thing IN ACCESS EXCLUSIVE MODE")
             with pytest.raises(psycopg.OperationalError, match=r"no answer for 0\.1 s"):
-                chunk.read(connection, reader.plan, reader.layout, None, None, most=10, width=NARROW)
+                reader.read(connection, most=10)
         assert connection.closed
 
 
@@ -302,5 +397,5 @@ def test_an_error_leaves_the_connection_as_it_was(database: Database) -> None:
     database.execute("DROP TABLE thing")
     with reader.connected() as connection:
         with pytest.raises(psycopg.errors.UndefinedTable):
-            chunk.read(connection, reader.plan, reader.layout, None, None, most=10, width=NARROW)
+            reader.read(connection, most=10)
         assert connection.execute(sql.SQL("SELECT 1")).fetchone() == (1,)

@@ -10,6 +10,7 @@ again later; the reading is broken off when it becomes too long or too large, an
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -27,7 +28,7 @@ from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.reads import Share
 from figbridge.preflight.catalogue import Name, quote
 
-MOST_BYTES: Final = 24 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
+MOST_BYTES: Final = 20 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
 _BLOCK_ROWS: Final = 500  # and
 _BLOCK_BYTES: Final = 512 * 1024  # of a block, about, which leaves at once
 _SECONDS: Final = 2.0  # after which the reading of a chunk is broken off
@@ -137,14 +138,19 @@ def read(
     bounded: bool = False,
     width: float = inf,
     share: Share | None = None,
+    looking: Executor | None = None,
+    awaited: Callable[[], bool] = lambda: True,
 ) -> Chunk:
     """The rows behind `cursor`, or those with the keys `again`. Call within `locked`.
+
+    At most `most`, or half as many again while nobody has `awaited` them: those who read and who publish are now the
+    one, now the other a little faster, and with chunks of one size each would wait for the other. By COPY never more.
 
     Keys of a chunk's rows have room where it had. Of others, `bounded`, the reading may be broken off, too; then `end`
     says that it was not.
 
-    `width` is what was learned of the rows, in bytes: narrow ones are `joined`. While the stream flows, by `share`, it
-    has most of the time.
+    `width` is what was learned of the rows, in bytes: narrow ones are `joined`, if there is somebody for `looking` at
+    them. While the stream flows, by `share`, it has most of the time.
     """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
@@ -159,11 +165,12 @@ def read(
         blocks, seconds, size, whole = _blocks(connection, statement, layout.block, bounded=bounded)
         return Chunk(blocks, cursor, bounded and whole, seconds, size)
     odd = False
-    if width <= joined.NARROW and joined.fits(plan, layout, condition):
+    if looking and width <= joined.NARROW and joined.fits(plan, layout, condition):
         began = time.monotonic()
         found = joined.read(
             connection, plan, layout, cursor,
             most=most, most_bytes=MOST_BYTES, seconds=_SECONDS, width=width, share=share,
+            looking=looking, awaited=awaited,
         )  # fmt: skip
         if found.blocks or found.end:
             size = sum(block.size for block in found.blocks)

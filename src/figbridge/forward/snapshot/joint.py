@@ -8,10 +8,10 @@ one after another, and what must be done to them is done to many at once (`Joint
     text    text and all that is like it   escaped as JSON in one call of orjson
     time    timestamps   a ``T`` in the place of the blank, ``+00:00`` for ``+00``
 
-U+007F is between two values, and between two rows. A value may have it, too: then the numbers of values and of columns
-differ. NULL is something that this process has made up by chance: a word, a number of 19 digits, a moment before
-Christ. A number stays one that way: to make text of it first, so that the text of NULL could stand for it, costs as
-much as to print it.
+Between two values, and between two rows, is U+001F, which no JSON has in it, or U+007F, where the kind is text or time.
+A text may have that, too: then the numbers of values and of columns differ. NULL is something that this process has
+made up by chance: a word, a number of 19 digits, a moment before Christ. A number stays one that way: to make text of
+it first, so that the text of NULL could stand for it, costs as much as to print it.
 
 One text of all kinds would cost the server a seventh less, and Python, which must sort the values then, half as much
 again as it would gain.
@@ -24,9 +24,8 @@ each value whether it may be wide, before it is read, cost as much as to print t
 https://www.postgresql.org/docs/current/functions-aggregate.html
 """
 
-import re
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import orjson
@@ -34,11 +33,12 @@ from psycopg import sql
 from psycopg.postgres import types as _built_in
 
 from figbridge.forward import values
-from figbridge.forward.snapshot.block import Block, Part, Values, cuts
+from figbridge.forward.snapshot.block import Block, Part, cuts
 from figbridge.forward.table import Table
 
-_PLAIN, _TEXT, _TIME = range(3)
-_MOST: Final = 32 * 1024 * 1024  # bytes of a statement's texts, where those of a block were asked for
+TEXTS: Final = 3  # of a block
+_PLAIN, _TEXT, _TIME = range(TEXTS)
+_MOST: Final = 64 * 1024 * 1024  # bytes of a statement's texts, where those of some blocks were asked for
 _WIDE: Final = 4000  # of a row's, whatever its share
 _WORD: Final = secrets.token_hex(8)
 _NULL: Final = f"\x01{_WORD}"
@@ -52,28 +52,23 @@ _NULL_BEGINS: Final = b"\x01"
 _NULL_THERE: Final = f'"\\u0001{_WORD}"'
 _NUMBER_THERE = _NUMBER.encode()
 _MOMENTS_THERE: Final = [f'"{_MOMENT}{zone} BC"'.encode() for zone in ("", "+00")]
-_PART: Final = 32 * 1024  # bytes
+_MARGIN: Final = 1.01, 64  # times, and bytes, that are looked at beyond what values have on average
+_BETWEEN_PLAIN: Final = "\x1f"
 _BETWEEN: Final = "\x7f"  # JSON has no escape for it, which orjson would take its time for
-_SEPARATOR: Final = _BETWEEN.encode()
 _BETWEEN_QUOTED: Final = f'"{_BETWEEN}"'
-_SEPARATORS: Final = (_BETWEEN, _BETWEEN, _BETWEEN_QUOTED)  # of the texts
+_SEPARATORS: Final = (_BETWEEN_PLAIN, _BETWEEN, _BETWEEN_QUOTED)  # of the texts
 _OID: Final = {
     name: _built_in[name].oid for name in ("text", "varchar", "jsonb", "float4", "float8", "int8", "numeric", "bpchar")
 }
 _INTEGERS: Final = {_built_in[name].oid for name in ("int2", "int4", "int8")}
-# whose values are short, and have no separator in them
+# whose values are short, and as texts have no separator in them
 _CLEAR: Final = {
     _built_in[name].oid
     for name in ("bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz", "uuid")
 }
-# what looks so is a text of the type, if not the only one
-_LOOKS: Final = {
-    **dict.fromkeys([_OID["text"], _OID["varchar"], _OID["bpchar"]], re.compile(".*", re.DOTALL)),
-    _built_in["int2"].oid: re.compile("-?[0-9]{1,4}"),
-    _built_in["int4"].oid: re.compile("-?[0-9]{1,9}"),
-    _OID["int8"]: re.compile("-?[0-9]{1,18}"),
-    _built_in["uuid"].oid: re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"),
-}
+# of the last row; what the last of other types is, and whether there is a `max` for them, an index alone knows
+_LARGEST: Final = "pg_catalog.max({it}) AS {name}"
+_LAST: Final = "(pg_catalog.array_agg({it}))[pg_catalog.count(*)] AS {name}"
 _BOOLEAN: Final = "CASE WHEN {it} THEN 'true' WHEN NOT {it} THEN 'false' ELSE 'null' END"
 # encoder → what is done to the values, and how they get into the text: as they are when they cannot be NULL, and else
 _WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
@@ -126,27 +121,25 @@ class Joint:
         self._groups = [
             [index for index, (group, _, _) in enumerate(ways) if group == wanted] for wanted in (_PLAIN, _TEXT, _TIME)
         ]
-        # the texts that may have a separator in a value, and those that may be wide: a numeric may have many zeros
-        self._doubtful, self._wide = [
-            [
-                group
-                for group, indexes in enumerate(self._groups)
-                if not {self._columns[index].type_oid for index in indexes} <= types
-            ]
-            for types in (_CLEAR | {_OID["numeric"]}, _CLEAR)
+        # the texts that may be wide; one of them may have a separator in a value
+        self._wide = [
+            group
+            for group, indexes in enumerate(self._groups)
+            if not {self._columns[index].type_oid for index in indexes} <= _CLEAR
         ]
 
-    def around(self, never_null: Collection[str]) -> tuple[sql.Composed, sql.Composed, sql.Composed]:
+    def around(self, key: Sequence[str]) -> tuple[sql.Composed, sql.Composed, sql.Composed]:
         """What to SELECT of a row, and what stands before and behind that SELECT in the statement that joins its rows.
 
-        Behind it all, `limit`. It answers with (number of rows, the texts), these NULL if there are no rows.
+        Behind it all, `limit`. It answers with (number of rows, the last row's `key` as k0 and so on, the texts); all
+        but the number is NULL if there are no rows.
         """
         items = []
         for column, (_, sure, other) in zip(self._columns, self._ways, strict=True):
-            way = sql.SQL(sure if column.name in never_null else other)
+            way = sql.SQL(sure if column.name in key else other)
             it = sql.Identifier(column.name)
             items.append(way.format(it=it, null=_NULL, number=_NUMBER, moment=f"{_MOMENT} BC"))
-        comma, used = sql.SQL(", "), [group for group in (_PLAIN, _TEXT, _TIME) if self._groups[group]]
+        comma, used = sql.SQL(", "), [group for group in range(TEXTS) if self._groups[group]]
         names = {group: sql.Identifier("a", f"t{group}") for group in used}
         between = {group: sql.Literal(_SEPARATORS[group]) for group in used}
         own = [
@@ -159,14 +152,21 @@ class Joint:
             sql.SQL("pg_catalog.string_agg({}, {})").format(names[group], between[group])
             if group in used
             else sql.SQL("''")
-            for group in (_PLAIN, _TEXT, _TIME)
+            for group in range(TEXTS)
+        ]
+        whole = {column.name for column in self._columns if column.type_oid in _INTEGERS}
+        way = sql.SQL(_LARGEST if whole.issuperset(key) and len(key) == 1 else _LAST)
+        last = [
+            way.format(it=sql.Identifier("a", f"k{place}"), name=sql.Identifier(f"k{place}"))
+            for place in range(len(key))
         ]
         sizes = [sql.SQL("pg_catalog.octet_length({})").format(names[group]) for group in self._wide]
         narrow = sql.SQL(" WHERE {} <= ").format(sql.SQL(" + ").join(sizes)) if sizes else sql.SQL("")
+        aliases = [*(f"t{group}" for group in used), *(f"k{place}" for place in range(len(key)))]
         return (
-            comma.join(own),
-            sql.SQL("SELECT pg_catalog.count(*), {} FROM (").format(comma.join(texts)),
-            sql.SQL(") AS a ({}){}").format(comma.join([sql.Identifier(f"t{group}") for group in used]), narrow),
+            comma.join([*own, *map(sql.Identifier, key)]),
+            sql.SQL("SELECT pg_catalog.count(*), {}, {} FROM (").format(comma.join(last), comma.join(texts)),
+            sql.SQL(") AS a ({}){}").format(comma.join(map(sql.Identifier, aliases)), narrow),
         )
 
     def limit(self, rows: int) -> bytes:
@@ -175,16 +175,25 @@ class Joint:
 
     def simple(self, block: Block) -> bool:
         """Whether these are the texts of so many rows, and `parts` makes of them what the stream would say."""
-        texts = block.texts
-        for group in self._doubtful:
-            if texts[group].count(_SEPARATOR) + 1 != len(self._groups[group]) * block.rows:
+        if _TEXT in self._wide:
+            between = block.texts[_TEXT].count(_BETWEEN.encode())
+            if between + 1 != len(self._groups[_TEXT]) * block.rows:
                 return False
-        return texts[_TEXT].isascii() or _is_utf8(texts[_TEXT])
+        return all(text.isascii() or _is_utf8(text) for text in block.texts)
 
     def parts(self, block: Block) -> Iterator[Part]:
         """The rows of a block that is `simple`, some at a time."""
         plain, text, time = block.texts
-        taken = [_Taken(plain, _plain), _Taken(text, _text), _Taken(b'"%b"' % time, _time)]
+        taken = [
+            _Taken(it, made, between, len(indexes) * block.rows)
+            for it, made, between, indexes in zip(
+                (plain, text, b'"%b"' % time),
+                (_plain, _text, _time),
+                (_BETWEEN_PLAIN, _BETWEEN, _BETWEEN),
+                self._groups,
+                strict=True,
+            )
+        ]
         for _, rows in cuts(block.rows):
             columns: list[list[str]] = [[]] * len(self._columns)
             for values_, indexes in zip(taken, self._groups, strict=True):
@@ -192,46 +201,31 @@ class Joint:
                     columns[index] = column
             yield Part(columns, rows)
 
-    def last(self, block: Block) -> Values:
-        """The last row, for less than all of them cost. Raises ValueError, or gives some row, if it is not `simple`."""
-        tails = []
-        for text, separator, indexes in zip(block.texts, _SEPARATORS, self._groups, strict=True):
-            between, count = separator.encode(), len(indexes)
-            found = text[-_PART:].rsplit(between, count)
-            if len(found) <= count:
-                found = text.rsplit(between, count)
-            tails.append(between.join(found[-count:]) if count else b"")
-        (part,) = self.parts(Block(tuple(tails), 1))
-        (row,) = part.values()
-        return tuple(row)
-
-    def valid(self, key: Sequence[str], indexes: Sequence[int]) -> bool:
-        """Whether these are surely values of these columns, whatever the text that they are of."""
-        looks = [_LOOKS.get(self._columns[index].type_oid) for index in indexes]
-        return all(look and look.fullmatch(value) for look, value in zip(looks, key, strict=True))
-
 
 class _Taken:
     """The values of a text, made some at a time: all of them would be more than a cache can hold."""
 
-    def __init__(self, text: bytes, made: Callable[[bytes], str]) -> None:
+    def __init__(self, text: bytes, made: Callable[[bytes], str], between: str, count: int) -> None:
         self._text, self._made, self._at = text, made, 0
+        self._between, self._separator = between, between.encode()
+        self._size = len(text) / count if count else 0  # of a value, on average
         self._found, self._first = list[str](), 0  # of which those from `_first` on were not taken yet
 
     def take(self, rows: int, width: int) -> list[list[str]]:
         """The values of the next rows, column by column."""
         end = self._first + rows * width
         while len(self._found) < end:
-            found = self._made(self._piece()).split(_BETWEEN)
-            self._found = self._found[self._first :] + found if self._first < len(self._found) else found
-            end -= self._first
-            self._first = 0
+            found = self._made(self._piece(end - len(self._found))).split(self._between)
+            found[:0] = self._found[self._first :]
+            self._found, end, self._first = found, end - self._first, 0
         columns = [self._found[self._first + place : end : width] for place in range(width)]
         self._first = end
         return columns
 
-    def _piece(self) -> bytes:
-        end = self._text.find(_SEPARATOR, self._at + _PART)
+    def _piece(self, values_: int) -> bytes:
+        """With so many values, or a few more, as a rule: those that are left over are moved."""
+        times, more = _MARGIN
+        end = self._text.find(self._separator, self._at + int(values_ * self._size * times) + more)
         piece = self._text[self._at : end] if end >= 0 else self._text[self._at :]
         self._at = end + 1 if end >= 0 else len(self._text)
         return piece
@@ -253,7 +247,8 @@ def _time(text: bytes) -> str:
         for moment in _MOMENTS_THERE:
             text = text.replace(moment, b"null")
     if b"B" in text:  # the encoder does both types justice
-        text = _SEPARATOR.join([it if it == b"null" else values.timestamptz(it[1:-1]) for it in text.split(_SEPARATOR)])
+        moments = text.split(_BETWEEN.encode())
+        text = _BETWEEN.encode().join([it if it == b"null" else values.timestamptz(it[1:-1]) for it in moments])
     else:
         text = text.replace(b" ", b"T").replace(b"+", b"+00:")  # the zone is +00
     return text.decode()

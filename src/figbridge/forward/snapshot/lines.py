@@ -81,7 +81,7 @@ class Lines:
         columns = [*part.columns, self._ends(part), _UNITS]
         for index, long, odd in self._numbers:
             column = columns[index]
-            if (long and max(map(len, column)) > values.SAFE_LENGTH) or (odd and not _are_digits(column)):
+            if (long and max(map(len, column)) > values.SAFE_LENGTH) or (odd and not _are_finite(column)):
                 columns[index] = list(map(number, column))
         wanted = identity, stamp, part.rows
         if self._made is None or self._made[0] != wanted:
@@ -127,10 +127,10 @@ def _may_be_long(column: Column) -> bool:
     )
 
 
-def _are_digits(column: Sequence[str]) -> bool:
-    """Not so: NaN, Infinity; null, too."""
+def _are_finite(column: Sequence[str]) -> bool:
+    """Not so: NaN, Infinity."""
     text = "".join(column)
-    return "n" not in text and "N" not in text
+    return "N" not in text and "I" not in text
 
 
 def _count(made: list[str], before: str, first: int, step: int) -> None:

@@ -16,6 +16,7 @@ fails its task, with the reason, and stops neither the other tables nor the stre
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
@@ -91,17 +92,20 @@ class Snapshot:
         self._pace = pace
         self._progress = Progress(bridge.slot)
         self._size = chunk.Size()
+        self._looking: Executor | None = None
         self._stop = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`."""
         self._stop = stop
-        while not stop.is_set():
-            streaming = self._bridge.windows.streaming
-            if not streaming:
-                hide(self._bridge.metrics)
-            if not (streaming and persist(self._some, what="read a snapshot", stop=stop)):
-                stop.wait(_LOOK if streaming else _SOON)
+        # one thread for all chunks: a new one does not get the memory that those before it had
+        with ThreadPoolExecutor(1, f"{self.name}-look") as self._looking:
+            while not stop.is_set():
+                streaming = self._bridge.windows.streaming
+                if not streaming:
+                    hide(self._bridge.metrics)
+                if not (streaming and persist(self._some, what="read a snapshot", stop=stop)):
+                    stop.wait(_LOOK if streaming else _SOON)
 
     def _some(self) -> bool:
         """Work at the next task, as far as it goes; False when there is none. Raises LegacyUnavailable."""
@@ -234,7 +238,8 @@ class Snapshot:
                 read = chunk.read(
                     reader, place.plan, place.layout, place.reached, task.condition,
                     most=most, again=place.again, bounded=place.turn is not None,
-                    width=self._size.width, share=self._bridge.share,
+                    width=self._size.width, share=self._bridge.share, looking=self._looking,
+                    awaited=lambda: self._pace.limited or self._durable(place),
                 )  # fmt: skip
         except chunk.Gone:
             raise Failed(f"there is no table {spell(*task.name)} any more") from None
@@ -273,7 +278,7 @@ class Snapshot:
         """Wait until what has left is durable, write its cursor and these watermarks; the state that is ordered."""
         rows = 0
         if place.left:
-            while self._bridge.checkpoint.flushed < place.left.end:
+            while not self._durable(place):
                 if self._stop.wait(_TICK):
                     raise Stopped
             rows = place.left.reads.left if place.left.reads else 0
@@ -282,6 +287,10 @@ class Snapshot:
             place.left = None
         marks = [*([high.content("high")] if high else []), *([low.content("low")] if low else [])]
         return self._progress.advance(connection, task, place.noted, rows, marks)
+
+    def _durable(self, place: Place) -> bool:
+        """Whether all that has left is."""
+        return place.left is None or self._bridge.checkpoint.flushed >= place.left.end
 
     def _forget(self, place: Place) -> None:
         if place.window is not None:

@@ -126,18 +126,21 @@ def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
 
 def key_rows(
     plan: Plan, columns: sql.Composable, connection: psycopg.Connection
-) -> Callable[[Cursor | None, int], bytes]:
+) -> Callable[[Cursor | bytes | None, int], bytes]:
     """The same without a condition and for a table without a filter, again and again.
 
-    What is always the same is composed once: that takes half a millisecond.
+    What is always the same is composed once: that takes half a millisecond. In the place of a cursor may be what has
+    the key in SQL.
     """
     select = _select(columns, sql.SQL(plan.quoted), []).as_bytes(connection)
     where = sql.SQL(" WHERE ({}) > (").format(_listed(plan.key)).as_bytes(connection)
     order = sql.SQL(" ORDER BY {} LIMIT ").format(_ordered(plan)).as_bytes(connection)
 
-    def statement(cursor: Cursor | None, most: int) -> bytes:
-        behind = where + _literals(plan, cursor["key"]).as_bytes(connection) + b")" if cursor else b""
-        return b"%b%b%b%d" % (select, behind, order, most)
+    def statement(cursor: Cursor | bytes | None, most: int) -> bytes:
+        if not cursor:
+            return b"%b%b%d" % (select, order, most)
+        key = cursor if isinstance(cursor, bytes) else _literals(plan, cursor["key"]).as_bytes(connection)
+        return b"%b%b%b)%b%d" % (select, where, key, order, most)
 
     return statement
 

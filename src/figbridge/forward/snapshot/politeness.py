@@ -63,6 +63,11 @@ class Pace:
         self._due = self._looked = 0.0
 
     @property
+    def limited(self) -> bool:
+        """Whether there is a rate to be kept."""
+        return bool(self._rate)
+
+    @property
     def most(self) -> int:
         """How many rows a chunk may have, so that the rate is kept within a second, too."""
         return max(10, int(self._rate)) if self._rate else sys.maxsize
