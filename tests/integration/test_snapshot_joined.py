@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from figbridge import legacy
-from figbridge.forward.snapshot import chunk, joined, loop, plan
+from figbridge.forward.snapshot import chunk, joined, joint, loop, plan
 from figbridge.forward.snapshot.block import Block, Part, Values
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.source import SETTINGS
@@ -130,8 +130,11 @@ def compared(reader: Reader, most: int = 100_000) -> list[chunk.Chunk]:
     return found
 
 
-@pytest.mark.parametrize("numbers", ["safe", "exact"])
-def test_the_values_are_those_of_copy(each_database: Database, numbers: str) -> None:
+@pytest.mark.parametrize(("numbers", "alone"), [("safe", 100), ("exact", 3), ("safe", 1)])
+def test_the_values_are_those_of_copy(
+    each_database: Database, monkeypatch: pytest.MonkeyPatch, numbers: str, alone: int
+) -> None:
+    monkeypatch.setattr(joint, "_ALONE", alone)
     each_database.execute(SIMPLE)
     if numbers == "exact":
         each_database.execute("ALTER TABLE thing DROP price")  # a type of one's own, whose JSON is nobody's to know
@@ -268,6 +271,17 @@ def test_the_server_makes_no_text_that_is_many_times_larger(database: Database, 
     limit = int(limits[0])
     assert limit < 13 * 200
     assert 32 * 2**20 < limit * sum(map(int, rows)) <= 64 * 2**20
+
+
+@pytest.mark.parametrize("type_", ["varchar DEFAULT ''", "int", "timestamp"])
+def test_a_table_of_many_columns(database: Database, type_: str) -> None:
+    """A result has room for 1664, and one statement asks for some blocks; a function takes 100 arguments."""
+    columns = ", ".join([f"c{number} {type_}" for number in range(1500)])
+    database.execute(f"CREATE TABLE thing (id int PRIMARY KEY, {columns})")
+    value = {"int": "n", "timestamp": "now()::timestamp"}.get(type_, "n::text")
+    database.execute(f"INSERT INTO thing (id, c7, c150) SELECT n, {value}, {value} FROM generate_series(1, 40) AS n")
+    (found,) = compared(Reader(database, "thing"))
+    assert set(ways([found])) == {"joined"}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults are read from /proc")

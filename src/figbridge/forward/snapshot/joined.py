@@ -24,7 +24,7 @@ from psycopg import pq
 
 from figbridge.forward.snapshot import plan as plans
 from figbridge.forward.snapshot.block import Block
-from figbridge.forward.snapshot.joint import TEXTS, Joint
+from figbridge.forward.snapshot.joint import Joint
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.reads import Share
@@ -93,7 +93,7 @@ def read(
         return Joined((), cursor, odd=True)
     deadline, count, longest = time.monotonic() + seconds, 0, ceil(most * _LONGER)
     statement, found = _statement(plan, joint, connection), _Found(joint, cursor, looking)
-    with _Dialog(connection, plan) as dialog:
+    with _Dialog(connection, plan, joint) as dialog:
         while time.monotonic() < deadline:
             part = max(count / most, found.size / most_bytes)
             if part >= _LONGER or (part >= 1 and awaited()):
@@ -143,8 +143,8 @@ def _statement(plan: Plan, joint: Joint, connection: psycopg.Connection) -> Call
 class _Answer:
     """What a statement says, block by block; see `Joint.around`."""
 
-    def __init__(self, result: pq.abc.PGresult, keys: int) -> None:
-        self._result, self._keys = result, keys
+    def __init__(self, result: pq.abc.PGresult, keys: int, texts: int) -> None:
+        self._result, self._keys, self._texts = result, keys, texts
 
     def rows(self, number: int) -> int:
         """How many."""
@@ -162,10 +162,10 @@ class _Answer:
     def block(self, number: int) -> Block:
         """The rows. They are copied, which takes half a millisecond."""
         first = 1 + self._keys
-        return Block(tuple(self._value(number, first + place) for place in range(TEXTS)), self.rows(number))
+        return Block(tuple(self._value(number, first + place) for place in range(self._texts)), self.rows(number))
 
     def _value(self, number: int, place: int) -> bytes:
-        return self._result.get_value(0, number * (1 + self._keys + TEXTS) + place) or b""
+        return self._result.get_value(0, number * (1 + self._keys + self._texts) + place) or b""
 
 
 class _Heard(NamedTuple):
@@ -227,8 +227,8 @@ class _Dialog:
     `figbridge.legacy.Connection` leaves it.
     """
 
-    def __init__(self, connection: psycopg.Connection, plan: Plan) -> None:
-        self._connection, self._plan = connection, plan
+    def __init__(self, connection: psycopg.Connection, plan: Plan, joint: Joint) -> None:
+        self._connection, self._plan, self._texts = connection, plan, joint.texts
         self._pgconn, self._encoding = connection.pgconn, connection.info.encoding
         self._patience: float | None = getattr(connection, "patience", None)
         self._asked: float | None = None  # when
@@ -248,7 +248,7 @@ class _Dialog:
         """What it says. The server is idle within: if it is `alone`, others wait."""
         result = self._answer(statement)
         with SHORT_TURNS.held() if alone else nullcontext():
-            yield _Answer(result, len(self._plan.key))
+            yield _Answer(result, len(self._plan.key), self._texts)
 
     def heard(self, answer: _Answer, cursor: Cursor | None, rows: int, blocks: int) -> _Heard:
         """What there is of so many blocks of so many rows behind `cursor`."""

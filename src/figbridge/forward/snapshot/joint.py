@@ -1,11 +1,11 @@
 r"""Rows that the server joins: all values of a stretch of rows in a few long texts, in the place of a message a row.
 
 COPY sends each row as a message of its own, which libpq, psycopg and Python each handle: 1 µs a row. And ``to_json``
-costs the server 0.2 µs a value. Here a statement answers with up to three texts, in which the values of all rows stand
-one after another, and what must be done to them is done to many at once (`Joint.parts`):
+costs the server 0.2 µs a value. Here a statement answers with some texts, in which the values of all rows stand one
+after another, and what must be done to them is done to many at once (`Joint.parts`):
 
     plain   numbers, booleans, jsonb   are JSON as PostgreSQL prints them
-    text    text and all that is like it   escaped as JSON in one call of orjson
+    text    text and all that is like it, as a rule a column each   escaped as JSON in one call of orjson
     time    timestamps   a ``T`` in the place of the blank, ``+00:00`` for ``+00``
 
 Between two values, and between two rows, is U+001F, which no JSON has in it, or U+007F, where the kind is text or time.
@@ -14,7 +14,7 @@ made up by chance: a word, a number of 19 digits, a moment before Christ. A numb
 it first, so that the text of NULL could stand for it, costs as much as to print it.
 
 One text of all kinds would cost the server a seventh less, and Python, which must sort the values then, half as much
-again as it would gain.
+again as it would gain. One of plain values and times, a tenth, and Python as much.
 
 INVARIANT. The values are those of the stream's encoders, byte by byte, or there are none: what is not so simple makes
 `Joint.simple` false, and the rows are read in the other way, by COPY. That is U+007F in a text, and bytes that are no
@@ -25,8 +25,9 @@ https://www.postgresql.org/docs/current/functions-aggregate.html
 """
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import Final, NamedTuple
 
 import orjson
 from psycopg import sql
@@ -36,8 +37,9 @@ from figbridge.forward import values
 from figbridge.forward.snapshot.block import Block, Part, cuts
 from figbridge.forward.table import Table
 
-TEXTS: Final = 3  # of a block
-_PLAIN, _TEXT, _TIME = range(TEXTS)
+_PLAIN, _TEXT, _TIME = range(3)
+_ALONE: Final = 8  # texts that have one column each, at most
+_ARGUMENTS: Final = 99  # beside a separator: https://www.postgresql.org/docs/current/limits.html (function arguments)
 _MOST: Final = 64 * 1024 * 1024  # bytes of a statement's texts, where those of some blocks were asked for
 _WIDE: Final = 4000  # of a row's, whatever its share
 _WORD: Final = secrets.token_hex(8)
@@ -66,6 +68,7 @@ _CLEAR: Final = {
     _built_in[name].oid
     for name in ("bool", "int2", "int4", "int8", "float4", "float8", "timestamp", "timestamptz", "uuid")
 }
+_AS_THEY_ARE: Final = {_OID["text"], _OID["varchar"]}  # which an aggregate takes
 # of the last row; what the last of other types is, and whether there is a `max` for them, an index alone knows
 _LARGEST: Final = "pg_catalog.max({it}) AS {name}"
 _LAST: Final = "(pg_catalog.array_agg({it}))[pg_catalog.count(*)] AS {name}"
@@ -113,20 +116,45 @@ def _way(oid: int, encoder: values.Encoder) -> tuple[int, str, str] | None:
     return _BY_TYPE.get(oid) or _WAYS.get(encoder)
 
 
+class _Group(NamedTuple):
+    """Columns whose values are in one text."""
+
+    kind: int
+    indexes: Sequence[int]
+
+    @property
+    def separator(self) -> str:
+        """What the server puts between two of them."""
+        return _SEPARATORS[self.kind]
+
+
+def _grouped(ways: Sequence[tuple[int, str, str]]) -> list[_Group]:
+    """A text costs the server less alone than with others, but there may be more columns than a result has room for."""
+    found = []
+    for kind in (_PLAIN, _TEXT, _TIME):
+        indexes = [index for index, (it, _, _) in enumerate(ways) if it == kind]
+        each = min(ceil(len(indexes) / _ALONE) or 1, _ARGUMENTS) if kind == _TEXT else _ARGUMENTS
+        found += [_Group(kind, indexes[first : first + each]) for first in range(0, len(indexes), each)]
+    return found
+
+
 class Joint:
     """See the module."""
 
     def __init__(self, table: Table, ways: Sequence[tuple[int, str, str]]) -> None:
         self._columns, self._ways = table.relation.columns, ways
-        self._groups = [
-            [index for index, (group, _, _) in enumerate(ways) if group == wanted] for wanted in (_PLAIN, _TEXT, _TIME)
-        ]
-        # the texts that may be wide; one of them may have a separator in a value
+        self._groups = _grouped(ways)
+        # the texts that may be wide; a value of one of them may have a separator
         self._wide = [
-            group
-            for group, indexes in enumerate(self._groups)
-            if not {self._columns[index].type_oid for index in indexes} <= _CLEAR
+            number
+            for number, group in enumerate(self._groups)
+            if not {self._columns[index].type_oid for index in group.indexes} <= _CLEAR
         ]
+
+    @property
+    def texts(self) -> int:
+        """How many of a block."""
+        return len(self._groups)
 
     def around(self, key: Sequence[str]) -> tuple[sql.Composed, sql.Composed, sql.Composed]:
         """What to SELECT of a row, and what stands before and behind that SELECT in the statement that joins its rows.
@@ -139,20 +167,12 @@ class Joint:
             way = sql.SQL(sure if column.name in key else other)
             it = sql.Identifier(column.name)
             items.append(way.format(it=it, null=_NULL, number=_NUMBER, moment=f"{_MOMENT} BC"))
-        comma, used = sql.SQL(", "), [group for group in range(TEXTS) if self._groups[group]]
-        names = {group: sql.Identifier("a", f"t{group}") for group in used}
-        between = {group: sql.Literal(_SEPARATORS[group]) for group in used}
-        own = [
-            sql.SQL("pg_catalog.concat_ws({}, {})").format(
-                between[group], comma.join([items[index] for index in self._groups[group]])
-            )
-            for group in used
-        ]
+        comma = sql.SQL(", ")
+        names = [sql.Identifier("a", f"t{number}") for number in range(self.texts)]
+        own = [self._own(group, [items[index] for index in group.indexes]) for group in self._groups]
         texts = [
-            sql.SQL("pg_catalog.string_agg({}, {})").format(names[group], between[group])
-            if group in used
-            else sql.SQL("''")
-            for group in range(TEXTS)
+            sql.SQL("pg_catalog.string_agg({}, {})").format(name, group.separator)
+            for name, group in zip(names, self._groups, strict=True)
         ]
         whole = {column.name for column in self._columns if column.type_oid in _INTEGERS}
         way = sql.SQL(_LARGEST if whole.issuperset(key) and len(key) == 1 else _LAST)
@@ -160,14 +180,20 @@ class Joint:
             way.format(it=sql.Identifier("a", f"k{place}"), name=sql.Identifier(f"k{place}"))
             for place in range(len(key))
         ]
-        sizes = [sql.SQL("pg_catalog.octet_length({})").format(names[group]) for group in self._wide]
+        sizes = [sql.SQL("pg_catalog.octet_length({})").format(names[number]) for number in self._wide]
         narrow = sql.SQL(" WHERE {} <= ").format(sql.SQL(" + ").join(sizes)) if sizes else sql.SQL("")
-        aliases = [*(f"t{group}" for group in used), *(f"k{place}" for place in range(len(key)))]
+        aliases = [*(f"t{number}" for number in range(self.texts)), *(f"k{place}" for place in range(len(key)))]
         return (
             comma.join([*own, *map(sql.Identifier, key)]),
             sql.SQL("SELECT pg_catalog.count(*), {}, {} FROM (").format(comma.join(last), comma.join(texts)),
             sql.SQL(") AS a ({}){}").format(comma.join(map(sql.Identifier, aliases)), narrow),
         )
+
+    def _own(self, group: _Group, items: Sequence[sql.Composed]) -> sql.Composed:
+        """What one row gives to a text."""
+        if len(items) == 1 and self._columns[group.indexes[0]].type_oid in _AS_THEY_ARE:
+            return items[0]
+        return sql.SQL("pg_catalog.concat_ws({}, {})").format(group.separator, sql.SQL(", ").join(items))
 
     def limit(self, rows: int) -> bytes:
         """The end of a statement that asks for so many rows."""
@@ -175,29 +201,21 @@ class Joint:
 
     def simple(self, block: Block) -> bool:
         """Whether these are the texts of so many rows, and `parts` makes of them what the stream would say."""
-        if _TEXT in self._wide:
-            between = block.texts[_TEXT].count(_BETWEEN.encode())
-            if between + 1 != len(self._groups[_TEXT]) * block.rows:
-                return False
+        for number in self._wide:
+            group = self._groups[number]
+            if group.kind == _TEXT:
+                between = block.texts[number].count(_BETWEEN.encode())
+                if between + 1 != len(group.indexes) * block.rows:
+                    return False
         return all(text.isascii() or _is_utf8(text) for text in block.texts)
 
     def parts(self, block: Block) -> Iterator[Part]:
         """The rows of a block that is `simple`, some at a time."""
-        plain, text, time = block.texts
-        taken = [
-            _Taken(it, made, between, len(indexes) * block.rows)
-            for it, made, between, indexes in zip(
-                (plain, text, b'"%b"' % time),
-                (_plain, _text, _time),
-                (_BETWEEN_PLAIN, _BETWEEN, _BETWEEN),
-                self._groups,
-                strict=True,
-            )
-        ]
+        taken = [_Taken(text, group, block.rows) for text, group in zip(block.texts, self._groups, strict=True)]
         for _, rows in cuts(block.rows):
             columns: list[list[str]] = [[]] * len(self._columns)
-            for values_, indexes in zip(taken, self._groups, strict=True):
-                for index, column in zip(indexes, values_.take(rows, len(indexes)), strict=True):
+            for values_, group in zip(taken, self._groups, strict=True):
+                for index, column in zip(group.indexes, values_.take(rows), strict=True):
                     columns[index] = column
             yield Part(columns, rows)
 
@@ -205,14 +223,17 @@ class Joint:
 class _Taken:
     """The values of a text, made some at a time: all of them would be more than a cache can hold."""
 
-    def __init__(self, text: bytes, made: Callable[[bytes], str], between: str, count: int) -> None:
-        self._text, self._made, self._at = text, made, 0
-        self._between, self._separator = between, between.encode()
-        self._size = len(text) / count if count else 0  # of a value, on average
+    def __init__(self, text: bytes, group: _Group, rows: int) -> None:
+        self._text, self._at = b'"%b"' % text if group.kind == _TIME else text, 0
+        self._made, self._width = _MADE[group.kind], len(group.indexes)
+        self._between = _BETWEEN_PLAIN if group.kind == _PLAIN else _BETWEEN
+        self._separator = self._between.encode()
+        self._size = len(text) / (self._width * rows) if rows else 0  # of a value, on average
         self._found, self._first = list[str](), 0  # of which those from `_first` on were not taken yet
 
-    def take(self, rows: int, width: int) -> list[list[str]]:
+    def take(self, rows: int) -> list[list[str]]:
         """The values of the next rows, column by column."""
+        width = self._width
         end = self._first + rows * width
         while len(self._found) < end:
             found = self._made(self._piece(end - len(self._found))).split(self._between)
@@ -252,6 +273,9 @@ def _time(text: bytes) -> str:
     else:
         text = text.replace(b" ", b"T").replace(b"+", b"+00:")  # the zone is +00
     return text.decode()
+
+
+_MADE: Final = (_plain, _text, _time)  # of each kind
 
 
 def _is_utf8(text: bytes) -> bool:
