@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from figbridge.event import Event
-from figbridge.forward.snapshot import layout
+from figbridge.forward.snapshot import joint, layout
 from figbridge.forward.values import Encoders
 from figbridge.preflight.catalogue import Name
 from fixtures.forward import Forward
@@ -168,6 +168,19 @@ def test_a_table_without_columns_has_rows_too(database: Database) -> None:
     prepare(database, "CREATE TABLE bare (); ALTER TABLE bare REPLICA IDENTITY FULL", "bare")
     database.execute("INSERT INTO bare DEFAULT VALUES")
     assert [it["after"] for it in walk(database, ("public", "bare"))] == [{}]
+
+
+def test_what_the_server_refuses_to_join_is_read_by_copy(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no more than 100 arguments, say: that is a reason to read the rows in the other way, not to fail."""
+    monkeypatch.setattr(joint, "_ARGUMENTS", 1000)
+    columns = ", ".join([f"c{number} int" for number in range(150)])
+    prepare(database, f"CREATE TABLE wide (id int PRIMARY KEY, {columns})", "wide")
+    database.execute("INSERT INTO wide SELECT generate_series(1, 100)")
+    with Forward(database, snapshot=[("public", "wide")]) as forward:
+        finished(forward, "wide")
+        rows = [it for it in forward.sink.details if it["op"] == "read"]
+        voids = forward.metrics.registry.get_sample_value("figbridge_forward_snapshot_voids_total")
+    assert (after(rows), voids) == (list(range(1, 101)), 1)
 
 
 def test_a_rate_bounds_each_chunk_and_the_time_of_all(database: Database) -> None:

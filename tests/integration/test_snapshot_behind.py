@@ -51,7 +51,7 @@ def test_nothing_is_read_before_the_stream_is_where_the_snapshot_began(prepared:
                 waits.set()
             super()._until(event, window)
 
-        def _read(self, *about: Any) -> chunk.Chunk | None:
+        def _read(self, *about: Any) -> chunk.Chunk | str:
             told.append(len(sink.events))
             return super()._read(*about)
 
@@ -71,7 +71,7 @@ def test_one_chunk_is_read_ahead_of_the_sink_and_no_other(prepared: Database, mo
     monkeypatch.setattr(chunk, "MOST_BYTES", 10_000)
 
     class Watched(Snapshot):
-        def _read(self, *about: Any) -> chunk.Chunk | None:
+        def _read(self, *about: Any) -> chunk.Chunk | str:
             reads.append(len(sink.events))
             return super()._read(*about)
 

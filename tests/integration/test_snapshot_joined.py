@@ -410,6 +410,7 @@ def test_an_error_leaves_the_connection_as_it_was(database: Database) -> None:
     reader = Reader(database, "thing")
     database.execute("DROP TABLE thing")
     with reader.connected() as connection:
-        with pytest.raises(psycopg.errors.UndefinedTable):
+        with pytest.raises(joined.Refused) as refused:
             reader.read(connection, most=10)
+        assert isinstance(refused.value.__cause__, psycopg.errors.UndefinedTable)
         assert connection.execute(sql.SQL("SELECT 1")).fetchone() == (1,)

@@ -87,6 +87,10 @@ class Size:
     odd: int = 0
     _most: int = 250_000
 
+    def copy(self) -> None:
+        """Read the next chunks by COPY."""
+        self.odd, self.width = _ODD, inf
+
     def learn(self, chunk: Chunk) -> None:
         """From what was read."""
         if rows := chunk.rows:
@@ -151,6 +155,8 @@ def read(
 
     `width` is what was learned of the rows, in bytes: narrow ones are `joined`, if there is somebody for `looking` at
     them. While the stream flows, by `share`, it has most of the time.
+
+    Raises psycopg.Error, and `joined.Refused`.
     """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path

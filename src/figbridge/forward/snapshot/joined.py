@@ -37,7 +37,8 @@ _BRIEF_BYTES: Final = 128 * 1024  # the same while the stream flows: a milliseco
 _BLOCKS: Final = 2  # of a statement; each takes 9 MB more of the server, and of four it gives some back each time
 _FEWEST: Final = 10  # rows
 _LONGER: Final = 1.5  # times as long as it was to be, at most, is a chunk that nobody has awaited
-
+# SQLSTATEs of what a statement asks for: its values, its names and rights, what it takes, what there is no room for
+_OF_STATEMENTS: Final = ("0A", "22", "39", "42", "53", "54", "XX")
 
 # What a long text was made in goes back to the kernel with it, and comes again page by page, which was a fifth of the
 # server's time. glibc keeps it once a larger piece was freed: https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -45,6 +46,10 @@ _LONGER: Final = 1.5  # times as long as it was to be, at most, is a chunk that 
 _LARGE: Final = 16 * 1024 * 1024  # bytes, of 32 MiB at most
 # of long pieces, whose bytes are counted: of single characters it would take a tenth of a second
 _KEEP: Final = f"SELECT pg_catalog.octet_length(pg_catalog.repeat(pg_catalog.repeat('x', 4096), {_LARGE // 4096}))"
+
+
+class Refused(Exception):
+    """The server does not join these rows, for a reason that COPY need not have; it is the cause."""
 
 
 class Joined(NamedTuple):
@@ -86,7 +91,7 @@ def read(
     Ends after `most_bytes`, or half as many again, or `seconds`, about.
 
     `width` is what was learned of the rows, in bytes. While the stream flows, by `share`, the steps are short, and it
-    has a core for itself between them. A thread of `looking` looks at the rows. Raises psycopg.Error.
+    has a core for itself between them. A thread of `looking` looks at the rows. Raises psycopg.Error, Refused.
     """
     joint = layout.joint
     if joint is None:
@@ -219,7 +224,7 @@ class _Found:
 
 
 class _Dialog:
-    """One statement at a time, and its one row: see `Joint.around`. Raises psycopg.Error.
+    """One statement at a time, and its one row: see `Joint.around`. Raises psycopg.Error, Refused.
 
     By libpq's blocking function, which is the only one that psycopg calls without Python's lock: the others take it for
     every few kilobytes of an answer, which the server cannot get rid of meanwhile, and a loop that computes beside it
@@ -277,7 +282,10 @@ class _Dialog:
             if self._pgconn.status == pq.ConnStatus.BAD:
                 what = f"no answer for {self._patience:g} s" if self._left else result.get_error_message(self._encoding)
                 raise psycopg.OperationalError(what)
-            raise psycopg.errors.error_from_result(result, encoding=self._encoding)
+            error = psycopg.errors.error_from_result(result, encoding=self._encoding)
+            if (error.sqlstate or "").startswith(_OF_STATEMENTS):
+                raise Refused from error
+            raise error
         return result
 
     def _watch(self, patience: float) -> None:

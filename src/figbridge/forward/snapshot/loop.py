@@ -205,9 +205,9 @@ class Snapshot:
         window, place.window = place.window, None
         try:
             self._until(window.low_met, window)
-            read = self._read(connection, task, place) if not window.closed.is_set() else None
-            if read is None:
-                self._void(connection, task, place, "the table's schema changed", window)
+            read = self._read(connection, task, place) if not window.closed.is_set() else ""
+            if isinstance(read, str):
+                self._void(connection, task, place, read, window)
                 return 0
             window.offered = [place.layout.leaving(block) for block in read.blocks]
             if not (read.end or place.turn):
@@ -223,8 +223,8 @@ class Snapshot:
         place.leave(read, window.outcome)
         return read.rows
 
-    def _read(self, connection: psycopg.Connection, task: Task, place: Place) -> chunk.Chunk | None:
-        """The next chunk; None when the table is not as the window has it."""
+    def _read(self, connection: psycopg.Connection, task: Task, place: Place) -> chunk.Chunk | str:
+        """The next chunk, or why the window is void."""
         met: Callable[[list[int]], bool] | None = self._bridge.windows.met
         reader = connection
         if self._standby:
@@ -233,7 +233,7 @@ class Snapshot:
         try:
             with chunk.locked(reader, task.name, met):
                 if plan.describe(reader, task.name, self._bridge.publication) != place.plan:
-                    return None
+                    return "the table's schema changed"
                 most = min(self._size.rows, self._pace.most)
                 read = chunk.read(
                     reader, place.plan, place.layout, place.reached, task.condition,
@@ -243,6 +243,9 @@ class Snapshot:
                 )  # fmt: skip
         except chunk.Gone:
             raise Failed(f"there is no table {spell(*task.name)} any more") from None
+        except joined.Refused as error:
+            self._size.copy()
+            return f"the server does not join its rows, which are read by COPY: {error.__cause__}"
         if not place.again:
             self._size.learn(read)
         return read
