@@ -137,7 +137,7 @@ def _statement(plan: Plan, joint: Joint, connection: psycopg.Connection) -> Call
     def statement(cursor: Cursor | None, rows: int, blocks: int) -> bytes:
         limit, asked = joint.limit(rows * blocks), list[bytes]()
         for number in range(blocks):
-            last = b", ".join([b"%b%d.k%d" % (name, number - 1, place) for place in range(len(plan.key))])
+            last = [b"%b%d.k%d" % (name, number - 1, place) for place in range(len(plan.key))]
             select_ = select(last if number else cursor, rows)
             asked.append(b"(%b%b%b%b) AS %b%d" % (before, select_, behind, limit, name, number))
         return b"SELECT * FROM %b" % b", LATERAL ".join(asked)

@@ -7,12 +7,11 @@ rows that came are all rows between the cursor and the last of them.
     by ctid    WHERE ctid > … AND ctid < '(block,0)' ORDER BY ctid   where there is none, one partition at a time
 
 The replica identity goes first: an update that moves a row in the order of its index says so (`moved`).
-Only an index in plain order will do (ascending, the column's collation, the type's default operators): then ``>``,
-ORDER BY and the index mean the same. What a table's rows are called in the stream must be told as pgoutput tells it, or
-the versions of its schema would differ: the columns of the publication, key flags as the replica identity has them.
-
-What is published is read from the catalogues, not from ``pg_publication_tables``: since 16 that view opens every table
-of the publication (pg_get_publication_tables), so somebody's long ALTER TABLE of one would stop the snapshots of all.
+Only an index in plain order will do (ascending, the column's collation, the type's default operators), without NULL:
+then its ``>``, ORDER BY and the index mean the same. Which ``>`` that is says the index; by name alone somebody's own
+may be found. Values are compared as their base types: a domain may rule out what is there (NOT VALID), and operators of
+enums take none. What a table's rows are called in the stream must be told as pgoutput tells it, or the versions of its
+schema would differ: the columns of the publication, key flags as the replica identity has them (`described`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from psycopg import sql
 
 from figbridge.change import Column, Relation
 from figbridge.errors import BridgeError
+from figbridge.forward.snapshot import described
 from figbridge.preflight.catalogue import Name, quote, spell
 
 Cursor = dict[str, Any]  # JSON; None is the beginning
@@ -35,18 +35,21 @@ _BLOCKS: Final = 64  # of 8 KiB, that a chunk by ctid looks at, at most: the sor
 class Plan:
     """A table as the catalogue has it now.
 
-    `relation` is what the stream's RELATION message says of it. `key` has the columns that the chunks are ordered by
-    and `types` how to write a literal of each; without any, `leaves` are walked by ctid (OID, quoted name).
-    `identity` has the columns that name a row in events. `filter` is the publication's, `path` the schemas in which the
-    operators of the key's types are.
+    `relation` is what the stream's RELATION message says of it. `key` has the columns that the chunks are ordered by,
+    `types` the quoted base type of each, `greater` and `equal` their operators, `path` the schemas of these if they
+    have no one name; without any, `leaves` are walked by ctid (OID, quoted name). `identity` has the columns that name
+    a row in events, if `keyed`; if not, some are not published, or may be NULL. `filter` is the publication's.
     """
 
     relation: Relation
     quoted: str
     type_names: tuple[tuple[int, str], ...]
     identity: tuple[str, ...]
+    keyed: bool
     key: tuple[str, ...]
     types: tuple[str, ...]
+    greater: str
+    equal: str
     path: tuple[str, ...]
     filter: str | None
     leaves: tuple[tuple[int, str], ...]
@@ -59,7 +62,7 @@ class Plan:
 
 def describe(connection: psycopg.Connection, name: Name, publication: str) -> Plan | None:
     """The plan for a table; None when there is no such table. Raises BridgeError if it cannot be read faithfully."""
-    statement = _TABLE if connection.info.server_version >= 150000 else _TABLE_14
+    statement = described.TABLE if connection.info.server_version >= 150000 else described.TABLE_14
     of = {"schema": name[0], "table": name[1], "publication": publication}
     head = connection.execute(statement, of, prepare=True).fetchone()  # its plan takes three times as long as the rest
     if head is None:
@@ -72,13 +75,15 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
             "a partitioned table needs publish_via_partition_root",
         )
     by_name = {column["name"]: column for column in columns}
-    primary: list[str] = next((it["columns"] for it in indexes if it["primary"]), [])
-    named: list[str] = next((it["columns"] for it in indexes if it["identity"]), [])
-    flagged = list(by_name) if identity == "f" else named
-    usable = [it for it in indexes if it["plain"] and all(column in by_name for column in it["columns"])]
+    named = next((it for it in indexes if it["identity"]), None)
+    identified: list[str] = named["columns"] if named else []
+    flagged = list(by_name) if identity == "f" else identified
+    usable = [it for it in indexes if it["plain"] and it["full"] and all(column in by_name for column in it["columns"])]
     usable.sort(key=lambda it: (not it["identity"], not it["primary"]))
-    order: list[str] = next((it["columns"] for it in usable), [])
-    leaves = connection.execute(_LEAVES, [oid, oid]).fetchall() if not order else []
+    index = usable[0] if usable else None
+    order: list[str] = index["columns"] if index else []
+    greater, equal, path = _operators(index["operators"]) if index else ("", "", ())
+    leaves = connection.execute(described.LEAVES, [oid, oid]).fetchall() if not order else []
     return Plan(
         relation=Relation(
             oid,
@@ -88,13 +93,29 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
         ),
         quoted=f"ONLY {quote(*name)}" if kind == "r" else quote(*name),
         type_names=tuple((it["type"], it["named"]) for it in columns if it["named"]),
-        identity=tuple(primary if identity == "f" else named),
+        identity=tuple(identified),
+        keyed=named is not None and named["full"] and all(column in by_name for column in identified),
         key=tuple(order),
         types=tuple(by_name[it]["written"] for it in order),
-        path=tuple(dict.fromkeys(by_name[it]["schema"] for it in order)),
+        greater=greater,
+        equal=equal,
+        path=path,
         filter=filter_,
         leaves=tuple((leaf, quote(*names)) for leaf, *names in leaves),
     )
+
+
+def _operators(found: Sequence[dict[str, tuple[str, str]]]) -> tuple[str, str, tuple[str, ...]]:
+    """The ones of a key, and the schemas where to look for them if they have no one name.
+
+    Rows are compared by one name, so citext beside an integer has them looked up by it in both schemas.
+    """
+    if all(it == found[0] for it in found):
+        greater, equal = (
+            f"OPERATOR({quote(schema)}.{sign})" for schema, sign in (found[0]["greater"], found[0]["equal"])
+        )
+        return greater, equal, ()
+    return ">", "=", tuple(dict.fromkeys(schema for it in found for schema, _ in it.values()))
 
 
 def estimate(connection: psycopg.Connection, plan: Plan) -> int | None:
@@ -113,7 +134,8 @@ def key_chunk(
     """At most `most` rows behind `cursor`, {"columns": names, "key": texts}; `columns` is what to say of each."""
     where = _conditions(plan, condition)
     if cursor:
-        where.append(sql.SQL("({}) > ({})").format(_listed(plan.key), _literals(plan, cursor["key"])))
+        behind = sql.SQL("({}) {} ({})")
+        where.append(behind.format(_compared(plan), sql.SQL(plan.greater), _literals(plan, cursor["key"])))
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {} LIMIT {}").format(
         _ordered(plan), sql.Literal(most)
     )
@@ -126,20 +148,25 @@ def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
 
 def key_rows(
     plan: Plan, columns: sql.Composable, connection: psycopg.Connection
-) -> Callable[[Cursor | bytes | None, int], bytes]:
+) -> Callable[[Cursor | Sequence[bytes] | None, int], bytes]:
     """The same without a condition and for a table without a filter, again and again.
 
-    What is always the same is composed once: that takes half a millisecond. In the place of a cursor may be what has
-    the key in SQL.
+    What is always the same is composed once: that takes half a millisecond. In the place of a cursor may be the names
+    that the values of the key have.
     """
     select = _select(columns, sql.SQL(plan.quoted), []).as_bytes(connection)
-    where = sql.SQL(" WHERE ({}) > (").format(_listed(plan.key)).as_bytes(connection)
+    where = sql.SQL(" WHERE ({}) {} (").format(_compared(plan), sql.SQL(plan.greater)).as_bytes(connection)
     order = sql.SQL(" ORDER BY {} LIMIT ").format(_ordered(plan)).as_bytes(connection)
 
-    def statement(cursor: Cursor | bytes | None, most: int) -> bytes:
+    types = [sql.SQL(written).as_bytes(connection) for written in plan.types]
+
+    def statement(cursor: Cursor | Sequence[bytes] | None, most: int) -> bytes:
         if not cursor:
             return b"%b%b%d" % (select, order, most)
-        key = cursor if isinstance(cursor, bytes) else _literals(plan, cursor["key"]).as_bytes(connection)
+        if isinstance(cursor, dict):
+            key = _literals(plan, cursor["key"]).as_bytes(connection)
+        else:
+            key = b", ".join([b"%b::%b" % it for it in zip(cursor, types, strict=True)])
         return b"%b%b%b)%b%d" % (select, where, key, order, most)
 
     return statement
@@ -159,7 +186,8 @@ def rows_chunk(
     Of a list without VALUES, where a key has several columns, the server would look for the rows in all of the table.
     """
     wanted = sql.SQL(", ").join(sql.SQL("({})").format(_literals(plan, key)) for key in keys)
-    where = [*_conditions(plan, condition), sql.SQL("({}) IN (VALUES {})").format(_listed(plan.key), wanted)]
+    among = sql.SQL("({}) {} ANY (VALUES {})").format(_compared(plan), sql.SQL(plan.equal), wanted)
+    where = [*_conditions(plan, condition), among]
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {}").format(_ordered(plan))
 
 
@@ -214,8 +242,10 @@ def _conditions(plan: Plan, condition: str | None) -> list[sql.Composable]:
     return [sql.SQL("(") + sql.SQL(it) + sql.SQL(")") for it in (plan.filter, condition) if it]
 
 
-def _listed(names: Sequence[str]) -> sql.Composed:
-    return sql.SQL(", ").join(map(sql.Identifier, names))
+def _compared(plan: Plan) -> sql.Composed:
+    """The key's columns. A cast to the type that they have is none."""
+    columns = zip(plan.key, plan.types, strict=True)
+    return sql.SQL(", ").join([sql.SQL("{}::{}").format(sql.Identifier(it), sql.SQL(type_)) for it, type_ in columns])
 
 
 def _ordered(plan: Plan) -> sql.Composed:
@@ -225,84 +255,6 @@ def _ordered(plan: Plan) -> sql.Composed:
 
 def _literals(plan: Plan, texts: Sequence[str]) -> sql.Composed:
     return sql.SQL(", ").join(
-        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(written))  # by format_type()
+        sql.SQL("{}::{}").format(sql.Literal(text), sql.SQL(written))
         for text, written in zip(texts, plan.types, strict=True)
     )
-
-
-# Partitions change as themselves, or with publish_via_partition_root as the topmost of their ancestors that is in the
-# publication (get_rel_sync_entry, GetPubPartitionOptionRelations). `here`: the table is in it, `above`: an ancestor is;
-# by name, or with all tables or all of a schema, as far as these can be published (is_publishable_class).
-_PUBLISHED: Final = """
-    SELECT p.oid AS publication, to_jsonb(p) ->> 'pubgencols' = 's' AS stored
-    FROM pg_publication p CROSS JOIN LATERAL (
-        SELECT coalesce(bool_or(t.oid = c.oid), false) AS here, coalesce(bool_or(t.oid <> c.oid), false) AS above
-        FROM pg_class t
-        WHERE t.oid IN (SELECT c.oid UNION SELECT relid FROM pg_partition_ancestors(c.oid))
-          AND (EXISTS (SELECT FROM pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = t.oid)
-               OR t.relpersistence = 'p' AND t.oid >= 16384 AND (p.puballtables {or_schema}))
-    ) AS m
-    WHERE p.pubname = %(publication)s
-      AND CASE WHEN p.pubviaroot THEN m.here AND NOT m.above ELSE c.relkind = 'r' AND (m.here OR m.above) END
-"""
-_OR_SCHEMA: Final = """
-    OR EXISTS (SELECT FROM pg_publication_namespace s WHERE s.pnpubid = p.oid AND s.pnnspid = t.relnamespace)
-"""
-# A table that is in the publication with its schema, too, has its rows unfiltered. pg_get_expr locks this one table.
-_NARROWED: Final = """
-    SELECT r.prattrs::int2[] AS columns, pg_get_expr(r.prqual, r.prrelid) AS filter
-    FROM pg_publication_rel r
-    WHERE r.prpubid = p.publication AND r.prrelid = c.oid AND NOT EXISTS (
-        SELECT FROM pg_publication_namespace s WHERE s.pnpubid = r.prpubid AND s.pnnspid = c.relnamespace)
-"""
-_NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::text AS filter"  # before 15
-
-# As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
-# base type (logicalrep_write_typ). Since 18 generated columns can be there, listed or by publish_generated_columns.
-_DESCRIBED: Final = """
-SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.publication IS NOT NULL, narrowed.filter,
-       (SELECT coalesce(json_agg(json_build_object(
-                   'name', a.attname, 'type', a.atttypid::bigint, 'typmod', a.atttypmod,
-                   'written', format_type(a.atttypid, a.atttypmod), 'schema', tn.nspname, 'named', base.name
-               ) ORDER BY a.attnum), '[]')
-        FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
-        LEFT JOIN LATERAL (
-            WITH RECURSIVE domain AS (
-                SELECT t.oid, t.typbasetype AS base WHERE a.atttypid >= 10000
-                UNION ALL SELECT b.oid, b.typbasetype FROM domain d JOIN pg_type b ON b.oid = d.base
-            )
-            SELECT bn.nspname || '.' || b.typname AS name
-            FROM domain d JOIN pg_type b ON b.oid = d.oid JOIN pg_namespace bn ON bn.oid = b.typnamespace
-            WHERE d.base = 0
-        ) AS base ON true
-        WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-          AND CASE WHEN narrowed.columns IS NOT NULL THEN a.attnum = ANY (narrowed.columns)
-                   ELSE a.attgenerated = '' OR a.attgenerated = 's' AND p.stored END),
-       (SELECT coalesce(json_agg(json_build_object(
-                   'primary', i.indisprimary, 'identity', CASE c.relreplident WHEN 'd' THEN i.indisprimary
-                                                          WHEN 'i' THEN i.indisreplident ELSE false END,
-                   'columns', k.columns, 'plain', k.plain) ORDER BY i.indexrelid), '[]')
-        FROM pg_index i CROSS JOIN LATERAL (
-            SELECT array_agg(a.attname ORDER BY x.place) AS columns,
-                   bool_and(x.option = 0 AND o.opcdefault AND x.collation_ = a.attcollation) AS plain
-            FROM unnest(i.indkey::int2[], i.indoption::int2[], i.indclass::oid[], i.indcollation::oid[])
-                 WITH ORDINALITY AS x (number, option, class, collation_, place)
-            JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = x.number
-            LEFT JOIN pg_opclass o ON o.oid = x.class
-            WHERE x.place <= i.indnkeyatts
-        ) AS k
-        WHERE i.indrelid = c.oid AND i.indisunique AND i.indisvalid AND i.indimmediate
-          AND i.indpred IS NULL AND i.indexprs IS NULL AND (i.indisprimary OR i.indisreplident))
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-LEFT JOIN LATERAL ({published}) AS p ON true
-LEFT JOIN LATERAL ({narrowed}) AS narrowed ON p.publication IS NOT NULL
-WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p')
-"""
-_TABLE: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=_OR_SCHEMA), narrowed=_NARROWED)
-_TABLE_14: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=""), narrowed=_NEVER_NARROWED)
-_LEAVES: Final = """
-SELECT c.oid::bigint, n.nspname::text, c.relname::text
-FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-WHERE c.relkind = 'r' AND c.oid IN (SELECT %s::oid UNION SELECT relid FROM pg_partition_tree(%s) WHERE isleaf)
-ORDER BY c.oid
-"""
