@@ -8,6 +8,7 @@ is set. Nothing is lost either way: what was not acknowledged comes again.
 """
 
 import gc
+import os
 import signal
 import sys
 import threading
@@ -93,22 +94,41 @@ class Supervisor:
 
     @contextmanager
     def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT stop softly, a second one hard. One that waits, blocked, since before is heard, too."""
+        """SIGTERM and SIGINT stop softly, a second one hard. One that waits, blocked, since before is heard, too.
 
-        def handle(number: int, _frame: FrameType | None) -> None:
+        A handler runs in the middle of whatever the main thread does, which may have the lock of an event, or of the
+        log: to ask for it there is to wait for oneself, for ever. So it does next to nothing; a thread does the rest.
+        https://docs.python.org/3/library/signal.html#signal.set_wakeup_fd
+        """
+
+        def note(_number: int, _frame: FrameType | None) -> None:
             self.asked = True
-            if self.stop.is_set():
-                self.halt.set()
-            _log.info("stopping", signal=signal.Signals(number).name, hard=self.halt.is_set())
-            self.stop.set()
 
-        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        listener = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        listener.start()
+        outer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        before = {number: signal.signal(number, note) for number in SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(outer)
+            os.close(writer)  # the listener hears what is there, and ends
+            listener.join(_HALT_PATIENCE)
+
+    def _listen(self, reader: int) -> None:
+        with open(reader, "rb", buffering=0) as heard:
+            while number := heard.read(1):
+                if number[0] not in SIGNALS:
+                    continue
+                if self.stop.is_set():
+                    self.halt.set()
+                self.stop.set()
+                _log.info("stopping", signal=signal.Signals(number[0]).name, hard=self.halt.is_set())
 
     def _run(self, loop: Loop) -> None:
         try:

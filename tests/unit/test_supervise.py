@@ -1,6 +1,9 @@
+import fcntl
 import gc
 import signal
+import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -9,6 +12,7 @@ import pytest
 from figbridge.errors import SlotLost
 from figbridge.retry import Stopped
 from figbridge.supervise import SIGNALS, Supervisor, tune
+from fixtures.clock import until
 
 
 class Obedient:
@@ -64,6 +68,55 @@ def test_a_signal_that_came_while_it_was_blocked_is_heard() -> None:
     with supervisor.signals():
         assert supervisor.stop.wait(5)
     assert supervisor.asked
+
+
+def test_a_signal_in_the_middle_of_waiting_for_one() -> None:
+    """Whoever waits for the event, or sets it, has its lock for a moment: the main thread itself."""
+    supervisor = Supervisor(grace=5)
+    lock = supervisor.stop._cond  # type: ignore[attr-defined]
+    with supervisor.signals():
+        with lock:
+            signal.raise_signal(signal.SIGTERM)
+        assert supervisor.stop.wait(5)
+        with lock:
+            signal.raise_signal(signal.SIGTERM)
+        assert supervisor.halt.wait(5)
+    assert supervisor.asked
+
+
+PROGRAM = """
+import structlog
+from figbridge import log
+from figbridge.supervise import Supervisor
+
+class Loop:
+    name = "loop"
+    def run(self, stop):
+        stop.wait()
+
+log.configure()
+supervisor = Supervisor(grace=60)
+with supervisor.signals():
+    structlog.get_logger().info("long", text="x" * 1_000_000)
+    supervisor.run([Loop()])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a full pipe is recognised by an ioctl of Linux")
+def test_a_signal_in_the_middle_of_a_line_of_the_log() -> None:
+    """Nobody reads the log at that moment: its line stands in a full pipe."""
+    with subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=subprocess.PIPE) as process:
+        assert process.stderr
+
+        def waiting() -> int:
+            return int.from_bytes(fcntl.ioctl(process.stderr or 0, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+        until(lambda: waiting() >= 65536, 30, "the pipe is full")
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read().decode()
+        assert process.wait(30) == 0
+    assert '"event": "stopping"' in said
 
 
 def test_stopped_is_a_clean_end() -> None:
