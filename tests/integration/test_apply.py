@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
+from figbridge import legacy
 from figbridge.config import MappingSection
 from figbridge.errors import BridgeError, LegacyUnavailable
 from figbridge.event import Received
@@ -596,6 +597,26 @@ def test_a_backend_that_is_killed_between_statement_and_commit_costs_nothing(eac
     assert applier.apply(received, mapping("insert")) == Applied(Outcome.APPLIED)
     assert applier.apply(received, mapping("insert")) == Applied(Outcome.DUPLICATE)
     assert orders(each_shop) == [(1, "new")]
+
+
+def test_a_session_that_is_killed_as_soon_as_it_is_there_is_opened_again(
+    shop: Database, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kills, asked = iter([True]), legacy.direct
+    opened: list[psycopg.Connection] = []
+
+    def kill(connection: psycopg.Connection) -> bool:
+        opened.append(connection)
+        if next(kills, False):
+            shop.execute("SELECT pg_terminate_backend(%s, 5000)", [connection.info.backend_pid])
+        return asked(connection)
+
+    monkeypatch.setattr(legacy, "direct", kill)
+    applier, received = make(shop), event({"id": 1, "status": "new"})
+    with pytest.raises(LegacyUnavailable):
+        applier.apply(received, mapping("insert"))
+    assert opened[0].closed
+    assert applier.apply(received, mapping("insert")) == Applied(Outcome.APPLIED)
 
 
 def test_a_commit_whose_answer_is_lost_turns_out_to_be_done(shop: Database, make: Make) -> None:

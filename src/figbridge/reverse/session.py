@@ -43,10 +43,17 @@ class Session:
         """The connection, perhaps with a transaction that was sent ahead. Raises LegacyUnavailable."""
         if self._connection is None or self._connection.closed:
             connection = legacy.connect(self._dsn, purpose="apply", autocommit=True, patience=self._patience)
-            if self.prepares and legacy.direct(connection):
-                connection.prepare_threshold = sys.maxsize  # what asks for it by itself, and nothing else
-            if self._guard:
-                _open_guard(self._guard, connection)
+            try:
+                if self.prepares and legacy.direct(connection):
+                    connection.prepare_threshold = sys.maxsize  # what asks for it by itself, and nothing else
+                if self._guard:
+                    self._guard.opened(connection)
+            except psycopg.Error as error:
+                connection.close()  # it would write without a mark
+                raise unavailable(error) from error
+            except OriginInUse:
+                connection.close()
+                raise
             self._connection, self._lane = connection, None
         return self._connection
 
@@ -73,14 +80,3 @@ class Session:
         if self._connection is not None:
             self._connection.close()
             self._connection = self._lane = None
-
-
-def _open_guard(guard: LoopGuard, connection: psycopg.Connection) -> None:
-    try:
-        guard.opened(connection)
-    except psycopg.Error as error:
-        connection.close()  # it would write without a mark
-        raise unavailable(error) from error
-    except OriginInUse:
-        connection.close()
-        raise
