@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Final, TypeVar
 
 import psycopg
@@ -51,6 +52,16 @@ class Connection(psycopg.Connection[Any]):
     """A connection that ends when an answer does not come within `patience` seconds. Opening it is another clock's."""
 
     patience: float | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """As psycopg's; an error of its COMMIT is one of ours, for a `translated` in the block has ended by then."""
+        try:
+            with translated():
+                super().__exit__(kind, error, trace)
+        finally:
+            self.close()
 
     def wait(self, gen: PQGen[T], *arguments: Any, **options: Any) -> T:
         """As psycopg's, which every statement goes through."""

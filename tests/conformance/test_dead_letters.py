@@ -18,7 +18,7 @@ from conformance.dead_letter_suite import DeadLetterSuite, StoreFeatures, StoreP
 from conformance.events import event
 from figbridge.config import FileDeadLetters, S3DeadLetters, SqsDeadLetters, TableDeadLetters
 from figbridge.deadletter import DeadLetter, DeadLetterStore, Wanted
-from figbridge.errors import BridgeError, SinkRefused, SinkUnavailable
+from figbridge.errors import BridgeError, LegacyUnavailable, SinkRefused, SinkUnavailable
 from figbridge.transports import open_dead_letters
 from fixtures.checked import role
 from fixtures.postgres import Database
@@ -164,6 +164,38 @@ def test_an_older_table_is_brought_up_to_date(database: Database) -> None:
     store.add([letter(1)])
 
     assert ids(store) == ["e", event(1).id]
+
+
+@pytest.mark.parametrize("call", ["add", "remove"])
+def test_a_session_that_ends_at_commit_is_tried_again(database: Database, call: str) -> None:
+    database.execute(SCHEMA)
+    store = Table(database).open()
+    store.add([letter(1)])
+    database.execute("""
+        CREATE SEQUENCE once;
+        CREATE FUNCTION gone() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF nextval('once') = 1 THEN
+                PERFORM pg_terminate_backend(pg_backend_pid());
+                PERFORM pg_sleep(5);  -- is where it ends
+            END IF;
+            RETURN NULL;
+        END $$;
+        CREATE CONSTRAINT TRIGGER gone AFTER INSERT OR DELETE ON figbridge.dead_letter
+            DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION gone();
+    """)
+    (kept,) = store.scan(Wanted())
+
+    def again() -> None:
+        if call == "add":
+            store.add([letter(2)])
+        else:
+            store.remove([kept])
+
+    with pytest.raises(LegacyUnavailable):
+        again()
+    assert ids(store) == [event(1).id]
+    again()
+    assert ids(store) == ([event(1).id, event(2).id] if call == "add" else [])
 
 
 # --- the file
