@@ -26,9 +26,10 @@ from figbridge.errors import BridgeError, LegacyUnavailable
 SCHEMA: Final = "figbridge"
 
 # SQLSTATE classes whose cause passes by itself: connection, serialization and deadlock, resources, object in use
-# or lock not available, operator intervention; and a database that takes no writes for now (25006), as in a failover
-# or a cut-over. https://www.postgresql.org/docs/current/errcodes-appendix.html
-_PASSING: Final = ("08", "25006", "40", "53", "55", "57")
+# or lock not available, operator intervention; a session that was cut for its transaction's time (25P03, 25P04); and a
+# database that takes no writes for now (25006), as in a failover or a cut-over.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PASSING: Final = ("08", "25006", "25P03", "25P04", "40", "53", "55", "57")
 
 
 # libpq's names; all of them may be set in the DSN. Together: a peer that is gone is noticed after 20 to 25 s, whether

@@ -132,6 +132,27 @@ def test_a_locked_row_is_waited_for_once(shop: Database, applier: Applier) -> No
     assert [it for it in orders(shop) if it[1] == "ours"] == [(5, "ours"), (6, "ours"), (8, "ours")]
 
 
+@pytest.mark.pg(">= 17")
+@pytest.mark.parametrize("hopeful", [True, False])
+def test_a_transaction_that_takes_too_long_is_no_events_fault(shop: Database, *, hopeful: bool) -> None:
+    """transaction_timeout, which ends the session; of a pipeline that is all we are told."""
+    shop.execute("INSERT INTO shop.orders (id) VALUES (7)")
+    with shop.connect() as application, closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=5)) as applier:
+        shop.execute(f"ALTER DATABASE {shop.name} SET transaction_timeout = '300ms'")
+        application.execute("BEGIN; UPDATE shop.orders SET status = 'theirs' WHERE id = 7")
+        batch = works(mapping(), range(5, 9), status="ours")
+        if hopeful:
+            with pytest.raises(LegacyUnavailable):
+                applier.apply_all(batch)
+        outcomes = applier.apply_all(batch, hopeful=hopeful)
+        application.execute("ROLLBACK")
+        assert [(outcomes[it].outcome.value, outcomes[it].reason) for it in batch] == [
+            *[("applied", "")] * 2, ("retried", "25P04"), ("applied", "")
+        ]  # fmt: skip
+        assert applier.apply_all(batch[2:3]) == {batch[2]: DONE}
+    assert (7, "ours") in orders(shop)
+
+
 def test_without_its_prepared_statements_it_goes_on_without_any(shop: Database, applier: Applier) -> None:
     applier.apply_all(works(versioned(), range(3), v=1, status="new"))
     # behind the driver's back, as a pooler does that gives our session to somebody else

@@ -247,7 +247,12 @@ class Applier:
         *,
         parcel: express.Parcel,
     ) -> dict[Work, Applied] | None:
-        return self._session.lane(connection).run(parcel, begin, self._step, self._following)
+        try:
+            return self._session.lane(connection).run(parcel, begin, self._step, self._following)
+        except psycopg.OperationalError:
+            # transaction_timeout cuts a pipeline without a word; step by step, the server says what it was
+            self._hope.learn(fulfilled=False)
+            raise
 
     def _step(self, step: str) -> None:
         if step == "executed":

@@ -1,7 +1,7 @@
 """What becomes of an event, and how a SQLSTATE decides it.
 
     retry    08, 53, 57 (but a timeout)       the server: everything waits, nobody is to blame
-             40, 55, 57014                    this row, now: the event waits a moment, the others go on
+             40, 55, 57014, 25P04             this row, now: the event waits a moment, the others go on
     park     23503, and a row that is missing until that row is there
     poison   22, 23, 42, the rest             dead letter
 
@@ -29,8 +29,8 @@ PING_PONG: Final = "ping_pong"
 # What these say is true of the server or the session, not of the event: a standby after a failover (25006), a session
 # cut for idling (25P03), a disk that fails (58). A dead letter for each event would empty the queue for nothing.
 _NOT_THE_EVENTS_FAULT: Final = ("25006", "25P03", "58")
-# Somebody else has the row: a deadlock, a serialization failure, a lock or statement timeout.
-_CONTENTION: Final = ("40", "55", "57014")
+# Somebody else has the row: a deadlock, a serialization failure, a lock, statement or transaction timeout.
+_CONTENTION: Final = ("40", "55", "57014", "25P04")
 
 
 class Outcome(StrEnum):
