@@ -166,6 +166,30 @@ def test_without_its_prepared_statements_it_goes_on_without_any(shop: Database, 
 
 
 @pytest.mark.parametrize("hopeful", [True, False])
+@pytest.mark.parametrize(("bad", "state"), [("sql", "26000"), ("trigger", "42P05")])
+def test_a_statement_that_somebody_else_prepared_or_did_not_is_the_events_fault(
+    shop: Database, applier: Applier, bad: str, state: str, *, hopeful: bool
+) -> None:
+    shop.execute("""
+        CREATE FUNCTION shop.twice() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            EXECUTE 'PREPARE totals AS SELECT 1';
+            EXECUTE 'PREPARE totals AS SELECT 1';
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER twice BEFORE INSERT ON shop.orders
+            FOR EACH ROW WHEN (NEW.status = 'trigger') EXECUTE FUNCTION shop.twice();
+    """)
+    own = mapping(into=None, action=None, key=None, set=None, sql="EXECUTE refresh_totals")
+    batch = works(versioned(), range(4), v=1, status="new")
+    batch[1] = works(own if bad == "sql" else versioned(), range(1, 2), v=1, status=bad)[0]
+    outcomes = applier.apply_all(batch, hopeful=hopeful)
+    assert [outcomes[it].reason for it in batch] == ["", state, "", ""]
+    assert outcomes[batch[1]].outcome is Outcome.DEAD_LETTER
+    assert orders(shop) == [(number, "new") for number in (0, 2, 3)]
+    assert applier.connection().prepare_threshold is not None  # it goes on with ours
+
+
+@pytest.mark.parametrize("hopeful", [True, False])
 @pytest.mark.parametrize("action", ["upsert", "update"])
 def test_two_replicas_with_the_same_rows_never_wait_in_a_circle(shop: Database, action: str, hopeful: bool) -> None:
     shop.execute("INSERT INTO shop.orders (id) SELECT generate_series(1, 60)")

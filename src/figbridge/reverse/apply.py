@@ -282,7 +282,7 @@ class Applier:
     def _raise_if_not_the_events(self, error: psycopg.Error, *, claiming: bool) -> None:
         if contended(error):
             return
-        if error.sqlstate in express.NOT_PREPARED:
+        if self._session.prepares and express.session_swapped(error):
             self._session.prepares = False
             self._session.close()
             raise LegacyUnavailable(

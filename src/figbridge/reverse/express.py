@@ -22,6 +22,7 @@ thread: it has the events in its processor's cache, and the server has the batch
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -36,10 +37,19 @@ from figbridge.reverse.statement import finding, inserting
 from figbridge.reverse.transaction import Suspects
 from figbridge.reverse.wire import Wire
 
-# Somebody between us and the server hands sessions around, and did not show it (`legacy.direct`):
-# invalid_sql_statement_name, duplicate_prepared_statement.
-NOT_PREPARED: Final = ("26000", "42P05")
+_NOT_PREPARED: Final = ("26000", "42P05")  # invalid_sql_statement_name, duplicate_prepared_statement
+_OURS: Final = ("figbridge_", "_pg3_")  # what names of prepared statements begin with: the wire's, and psycopg's
 _MOST = 64  # batches without hope after those that disappointed
+
+
+def session_swapped(error: psycopg.Error) -> bool:
+    """Whether a statement that we prepared is not there, or is there already.
+
+    Then somebody between us and the server hands sessions around, and did not show it (`legacy.direct`). A trigger and
+    the user's SQL may prepare and execute statements, too, and fail with the same states.
+    """
+    named = re.search('"(.+)"', error.diag.message_primary or "")
+    return error.sqlstate in _NOT_PREPARED and (named is None or named[1].startswith(_OURS))
 
 
 class Hope:
@@ -295,7 +305,7 @@ class _Sent:
 
     def judge(self, error: psycopg.Error) -> None:
         """Raise Suspects when the error of a statement says enough; else it is to be found out step by step."""
-        if error.sqlstate in NOT_PREPARED:
+        if session_swapped(error):
             raise Suspects(self.parcel.works, error) from error
         if contended(error) and self.claimed:
             # the wait was long enough: no second one for the same lock
