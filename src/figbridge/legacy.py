@@ -126,6 +126,19 @@ def direct(connection: psycopg.Connection) -> bool:
     return row is not None and row[0] == connection.info.backend_pid
 
 
+def speak_its_encoding(connection: psycopg.Connection) -> str:
+    """Until the current transaction ends, exchange text in the database's own encoding. Its Python codec.
+
+    Whoever writes what the codec can encode is refused nothing for its characters. ``utf-8`` for SQL_ASCII, which takes
+    bytes of any encoding, and for two that Python does not know. Raises psycopg.Error.
+    """
+    connection.execute(
+        "SELECT set_config('client_encoding', CASE WHEN e IN ('SQL_ASCII', 'EUC_TW', 'MULE_INTERNAL') THEN 'UTF8' "
+        "ELSE e END, true) FROM current_setting('server_encoding') AS e"
+    )
+    return connection.info.encoding
+
+
 def socket_settings(dsn: str) -> dict[str, int]:
     """Those of `SOCKET` that the DSN leaves open."""
     given = conninfo.conninfo_to_dict(dsn)

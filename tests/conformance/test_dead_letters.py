@@ -166,6 +166,39 @@ def test_an_older_table_is_brought_up_to_date(database: Database) -> None:
     assert ids(store) == ["e", event(1).id]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "client", "identity", "message"),
+    [
+        ("LATIN1", "LATIN1", r"größe-\u65e5\u672c", r"no \u20ac, no \U0001f333"),
+        ("EUC_JP", "EUC_JP", r"größe-日本", r"no \u20ac, no \U0001f333"),
+        ("SQL_ASCII", "SQL_ASCII", "größe-日本", "no €, no 🌳"),
+        ("UTF8", "LATIN1", "größe-日本", "no €, no 🌳"),
+    ],
+)
+def test_what_the_encoding_lacks_stands_there_as_an_escape(
+    database: Database, encoding: str, client: str, identity: str, message: str
+) -> None:
+    name = f"{database.name}_{encoding.lower()}"
+    database.execute(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'")
+    try:
+        database.execute(f"ALTER DATABASE {name} SET client_encoding = '{client}'")
+        with psycopg.connect(database.server.dsn(name)) as connection:
+            connection.execute(SCHEMA.encode())
+        store = Table(Database(database.server, name)).open()
+        odd = letter(1, event_id="größe-日本", message="no €, no 🌳", statement="SELECT '日本'", table="t.日本")
+        store.add([odd, letter(2, event_id="größe")])
+
+        first, _ = [it.letter for it in store.scan(Wanted())]
+
+        assert (first.event_id, first.message) == (identity, message)
+        assert (first.id, first.body, first.key) == (odd.id, odd.body, odd.key)
+        assert ids(store, Wanted(ids=("größe-日本",))) == ids(store, Wanted(table="t.日本")) == [identity]
+        assert ids(store, Wanted(ids=("größe",))) == ["größe"]
+        assert ids(store, Wanted(reason="日本")) == []
+    finally:
+        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 @pytest.mark.parametrize("call", ["add", "remove"])
 def test_a_session_that_ends_at_commit_is_tried_again(database: Database, call: str) -> None:
     database.execute(SCHEMA)

@@ -30,6 +30,10 @@ OURS = ("inbox", "entity_version", "parked", "conflict", "dead_letter")
 
 @pytest.fixture
 def shop(database: Database) -> Database:
+    return filled(database)
+
+
+def filled(database: Database) -> Database:
     make_shop(database)
     database.execute("""
         ALTER TABLE shop.orders ADD touched text;
@@ -249,6 +253,26 @@ def test_what_is_recorded_is_acknowledged_and_a_bad_event_blocks_nobody(
         until(lambda: bus.execute("SELECT count(*) FROM delivery").fetchone() == (0,))
         assert bus.execute("SELECT frontier FROM subscriber").fetchone() == (49,)
     nothing_was_written(shop)
+
+
+def test_an_id_that_the_encoding_lacks_stands_there_as_an_escape(database: Database, tmp_path: Path) -> None:
+    name = f"{database.name}_latin"
+    database.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+    try:
+        latin = filled(Database(database.server, name))
+        with running(Shadow(latin, tmp_path)) as shadow:
+            shadow.send(body("größe-日本", id=1, v=2, status="x"), body("größe", id=2, v=2, status="größe"))
+        with latin.connect(client_encoding="utf8") as connection:
+            status = "differences->0->'after'->>'status'"
+            found = connection.execute(
+                f"SELECT event_id, outcome, reason, {status} FROM figbridge.dry_run ORDER BY id"
+            ).fetchall()
+        assert found == [
+            (r"größe-\u65e5\u672c", "dead_letter", "22P05", None),
+            ("größe", "applied", "", "größe"),
+        ]
+    finally:
+        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_rehearsals_are_purged_with_age(shop: Database, tmp_path: Path) -> None:

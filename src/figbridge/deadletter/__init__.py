@@ -27,6 +27,7 @@ from figbridge.deadletter.letter import (
     grouped,
     parse,
     position_of,
+    writable,
 )
 from figbridge.deadletter.table import TableDeadLetterStore, insert_letters
 
@@ -45,4 +46,5 @@ __all__ = [
     "insert_letters",
     "parse",
     "position_of",
+    "writable",
 ]

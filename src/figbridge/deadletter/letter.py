@@ -250,9 +250,9 @@ def dump(letter: DeadLetter, **more: Any) -> bytes:
     return orjson.dumps(written, option=orjson.OPT_UTC_Z)
 
 
-def writable(text: str | None) -> str | None:
-    """As UTF-8 can have it: half a surrogate pair stands there as an escape."""
-    return text.encode(errors="backslashreplace").decode() if text is not None else None
+def writable(text: str | None, codec: str = "utf-8") -> str | None:
+    """As `codec` can have it: what it lacks, as UTF-8 half a surrogate pair, stands there as Python's escape."""
+    return text.encode(codec, errors="backslashreplace").decode(codec) if text is not None else None
 
 
 def parse(text: bytes, body: bytes | None = None) -> DeadLetter:

@@ -1,4 +1,8 @@
-"""figbridge.dead_letter in the legacy database: letters of both directions, in the order in which they came."""
+"""figbridge.dead_letter in the legacy database: letters of both directions, in the order in which they came.
+
+A letter is there because of a value that the database refused, and its texts may quote that. So they are written in the
+database's own encoding by us, and what that lacks stands there as an escape; whoever looks for it need not know.
+"""
 
 import json
 from collections.abc import Generator, Sequence
@@ -52,7 +56,8 @@ class TableDeadLetterStore:
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`. Raises LegacyUnavailable, BridgeError."""
         with legacy.connect(self._dsn, purpose="dead-letters") as connection, legacy.translated():
-            insert_letters(connection, letters)
+            codec = legacy.speak_its_encoding(connection)
+            insert_letters(connection, letters, codec)
 
     def check(self) -> None:
         """The table is there and may be written to. Raises LegacyUnavailable, BridgeError."""
@@ -74,25 +79,17 @@ class TableDeadLetterStore:
 
     def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:
         """See `DeadLetterStore.scan`: in the order of their arrival, each once."""
-        question = {
-            "direction": wanted.direction,
-            "reason": wanted.reason,
-            "table": wanted.table,
-            "since": wanted.since,
-            "ids": list(wanted.ids),
-            "page": _PAGE,
-            "bytes": _PAGE_BYTES,
-            "after": 0,
-        }
+        after = 0
         # no transaction stays open while the letters are worked on: it would hold back VACUUM everywhere
         with legacy.connect(self._dsn, purpose="dead-letters", autocommit=True) as connection:
             while True:
-                with legacy.translated():
-                    page = connection.execute(_SCAN, question).fetchall()
+                with legacy.translated(), connection.transaction():
+                    codec = legacy.speak_its_encoding(connection)
+                    page = connection.execute(_SCAN, {**_question(wanted, codec), "after": after}).fetchall()
                 yield from map(_read, page)
                 if not page:
                     return
-                question["after"] = page[-1][0]
+                after = page[-1][0]
 
     def remove(self, kept: Sequence[Kept]) -> None:
         """See `DeadLetterStore.remove`."""
@@ -111,19 +108,37 @@ def _read(row: TupleRow) -> Kept:
     return Kept(letter, place)
 
 
-def insert_letters(connection: psycopg.Connection, letters: Sequence[DeadLetter]) -> None:
-    """Write `letters` in the connection's current transaction; what is there already stays as it is."""
+def _question(wanted: Wanted, codec: str) -> dict[str, Any]:
+    return {
+        "direction": wanted.direction,
+        "reason": _text(wanted.reason, codec),
+        "table": _text(wanted.table, codec),
+        "since": wanted.since,
+        "ids": [_text(it, codec) for it in wanted.ids],
+        "page": _PAGE,
+        "bytes": _PAGE_BYTES,
+    }
+
+
+def insert_letters(connection: psycopg.Connection, letters: Sequence[DeadLetter], codec: str) -> None:
+    """Write `letters` in the connection's current transaction; what is there already stays as it is.
+
+    `codec` is what `legacy.speak_its_encoding` says.
+    """
     with connection.cursor() as cursor:
-        cursor.executemany(_INSERT, [_row(letter) for letter in letters])
+        cursor.executemany(_INSERT, [_row(letter, codec) for letter in letters])
 
 
-def _row(it: DeadLetter) -> tuple[Any, ...]:
+def _row(it: DeadLetter, codec: str) -> tuple[Any, ...]:
     position = json.dumps(it.position) if it.position else None
     # a text column cannot hold NUL, and a message may quote the event
-    texts = [_text(it.event_id), it.reason, _text(it.message)]
-    keys = [_text(it.table), position, _text(it.key), _text(it.old_key), it.whole_table]
-    return (it.id, it.direction, *texts, it.attempts, it.body, it.statement or None, *keys, it.created_at)
+    texts = [_text(text, codec) for text in (it.event_id, it.reason, it.message)]
+    keys = [_text(it.table, codec), position, _text(it.key, codec), _text(it.old_key, codec), it.whole_table]
+    return (
+        *(it.id, it.direction, *texts, it.attempts, it.body, _text(it.statement or None, codec)),
+        *(*keys, it.created_at),
+    )
 
 
-def _text(value: str | None) -> str | None:
-    return writable(value.replace("\0", "\\0")) if value is not None else None
+def _text(value: str | None, codec: str) -> str | None:
+    return writable(value.replace("\0", "\\0"), codec) if value is not None else None

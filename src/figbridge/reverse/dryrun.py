@@ -21,12 +21,15 @@ import json
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping as MappingOf
 from typing import Any, Final
 
 import orjson
 import psycopg
 import structlog
 
+from figbridge import legacy
+from figbridge.deadletter import writable
 from figbridge.errors import LegacyUnavailable
 from figbridge.retry import persist
 from figbridge.reverse import conflict, difference
@@ -148,10 +151,15 @@ class DryRun(Consumer):
         if delivered:
             persist(lambda: self._source.acknowledge(delivered), what="acknowledge", stop=stop)
 
-    def _record(self, records: Sequence[bytes]) -> None:
+    def _record(self, records: Sequence[MappingOf[str, Any]]) -> None:
         try:
-            documents = f"[{b','.join(records).decode()}]"
-            psycopg.RawCursor(self._applier.connection()).execute(_RECORD, [documents])
+            connection = self._applier.connection()
+            with connection.transaction():
+                codec = legacy.speak_its_encoding(connection)
+                documents = orjson.dumps(
+                    [{name: _kept(it, codec) for name, it in record.items()} for record in records]
+                )
+                psycopg.RawCursor(connection).execute(_RECORD, [documents.decode()])
         except psycopg.Error as error:
             failure = unavailable(error)
             if not isinstance(failure, LegacyUnavailable):
@@ -164,26 +172,29 @@ def _free(item: Item) -> bool:
     return item.work is not None and not all(isinstance(it, Statement) for it in item.work.statements)
 
 
-def _records(told: Iterable[tuple[Item, Applied, list[Difference]]]) -> Iterator[bytes]:
+def _kept(value: Any, codec: str) -> Any:
+    """As a column can hold it; what the database's encoding lacks is an escape, as in a dead letter."""
+    return writable(value.replace("\0", "\\0"), codec) if isinstance(value, str) else value
+
+
+def _records(told: Iterable[tuple[Item, Applied, list[Difference]]]) -> Iterator[dict[str, Any]]:
     for item, applied, rows in told:
         plain = applied.outcome in {Outcome.APPLIED, Outcome.DUPLICATE} or applied == UNMAPPED
         if plain and not rows and not applied.conflicts:
             continue
         work, event = item.work, item.event
-        yield orjson.dumps(
-            {
-                "source": event.source if event else None,
-                "key": work.key if work else None,
-                "event_id": event.id if event else None,
-                "scope": work.entity[0] if work else None,
-                "identity": work.entity[1] if work else None,
-                "outcome": applied.outcome.value,
-                "reason": applied.reason,
-                "message": applied.message.replace("\0", "\\0"),
-                "differences": [_document(*it) for it in rows],
-                "conflicts": [{"kind": kind, "decision": decision} for kind, decision in applied.conflicts],
-            }
-        )
+        yield {
+            "source": event.source if event else None,
+            "key": work.key if work else None,
+            "event_id": event.id if event else None,
+            "scope": work.entity[0] if work else None,
+            "identity": work.entity[1] if work else None,
+            "outcome": applied.outcome.value,
+            "reason": applied.reason,
+            "message": applied.message,
+            "differences": [_document(*it) for it in rows],
+            "conflicts": [{"kind": kind, "decision": decision} for kind, decision in applied.conflicts],
+        }
 
 
 def _document(number: int, table: str, before: str | None, after: str | None) -> dict[str, Any]:
