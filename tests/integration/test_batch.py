@@ -190,6 +190,19 @@ def test_sql_that_the_driver_refuses_is_poison_and_not_a_crash(applier: Applier)
     assert outcomes(applier, [work(mapping(), "2", id=1)]) == [APPLIED]
 
 
+def test_sql_that_ends_the_transaction_unseen_keeps_nothing_and_is_poison(shop: Database) -> None:
+    """Where a backslash is an escape in any string, which nobody has set for twenty years, it is read otherwise."""
+    shop.execute(f"ALTER DATABASE {shop.name} SET standard_conforming_strings = off")
+    shop.execute(f"ALTER DATABASE {shop.name} SET escape_string_warning = off")
+    hidden = mapping(into=None, action=None, key=None, set=None, sql=r"SELECT '\''; ROLLBACK; SELECT '\''")
+    works = [work(mapping(), "1", id=1), work(hidden, "2"), work(mapping(), "3", id=3)]
+    with closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=2)) as applier:
+        assert [it for it, _ in outcomes(applier, works)] == ["applied", "dead_letter", "applied"]
+        assert outcomes(applier, [work(hidden, "4")]) == [("dead_letter", "2D000")]
+    assert orders(shop) == [(1, None), (3, None)]
+    assert shop.execute("SELECT idempotency_key FROM figbridge.inbox ORDER BY 1") == [("1",), ("3",)]
+
+
 def test_a_dead_letter_says_which_statement_failed(applier: Applier) -> None:
     bad = work(mapping(), "1", id=1, n="x")
     applied: Applied = applier.apply_all([bad])[bad]

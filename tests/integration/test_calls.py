@@ -82,6 +82,8 @@ def test_its_statements_run_with_the_others_in_one_transaction(shop: Database) -
         ({"lines": [1], "share": 1, "raw": "SELECT %(nobody)s"}, "driver", "nobody"),
         ({"lines": [1], "share": 1, "raw": 5}, "malformed", "returned int for SQL"),
         ({"lines": ["many"], "share": 1}, "22P02", "invalid input syntax"),
+        ({"lines": [1], "share": 1, "raw": "SELECT 1; ROLLBACK"}, "malformed", "contains ROLLBACK"),
+        ({"lines": [1], "share": 1, "raw": "COPY shop.orders FROM STDIN"}, "malformed", "contains a COPY"),
     ],
 )
 def test_what_it_cannot_do_is_a_dead_letter_and_its_neighbours_are_applied(

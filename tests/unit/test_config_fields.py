@@ -212,6 +212,47 @@ def test_sections_cannot_be_changed_after_they_were_checked() -> None:
 
 # --- conflicts
 
+OWN: dict[str, Any] = {"match": MAPPING["match"]}
+
+
+@pytest.mark.parametrize(
+    ("sql", "said"),
+    [
+        *((it, f"contains {it.split()[0].upper()}") for it in (
+            "ROLLBACK", "commit ;", "Abort", "END WORK", "BEGIN", "START TRANSACTION", "SAVEPOINT a", "RELEASE a",
+            "rollback to a", "PREPARE TRANSACTION 'a'", "COMMIT AND CHAIN",
+        )),
+        ("/* a /* b */ c */ -- d\n ROLLBACK", "contains ROLLBACK"),
+        ("SELECT 1 -- ;\n; ; ROLLBACK", "contains ROLLBACK"),
+        ("SELECT E'\\'', 1; ROLLBACK -- '", "contains ROLLBACK"),
+        ("SELECT $$'$$, $a$ $$ $a$, a$a$a; ROLLBACK", "contains ROLLBACK"),
+        ("SELECT '\\'; ROLLBACK; SELECT '", "contains ROLLBACK"),
+        ("COPY shop.orders FROM STDIN", "contains a COPY"),
+        ("copy (SELECT 1) to -- all\n stdout csv", "contains a COPY"),
+    ],
+)  # fmt: skip
+def test_sql_that_ends_the_bridges_transaction_is_refused(sql: str, said: str) -> None:
+    found = problems(reverse(OWN | {"sql": sql}))
+    assert any(said in it.what and "write" in it.remedy for it in found.values()), found
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT '; ROLLBACK', \"; COMMIT\" FROM a",
+        "SELECT E'\\'; ROLLBACK', $$; COMMIT$$, $a$; END; $$; END $a$",
+        "-- ; ROLLBACK\nSELECT 1 /* ; COMMIT /* ; END */ ; END */",
+        "DO $$ BEGIN PERFORM 1; END $$",
+        'UPDATE a SET "end" = 1, start = 2 WHERE release = CASE WHEN b THEN 1 END',
+        "COPY shop.orders TO '/stdout'; PREPARE a AS SELECT 1; DEALLOCATE a",
+        "SELECT 'is not closed; ROLLBACK",
+        "",
+    ],
+)
+def test_sql_that_only_looks_like_it_is_taken(sql: str) -> None:
+    assert parse(reverse(OWN | {"sql": sql})).reverse is not None
+
+
 UPDATE: dict[str, Any] = MAPPING | {"action": "update", "key": {"id": "detail.id"}, "set": {"a": "a", "b": "b"}}
 RULES: dict[str, tuple[dict[str, Any], str]] = {
     "delta without before": ({"conflicts": {"policy": "delta"}}, "name its value under conflicts.before"),

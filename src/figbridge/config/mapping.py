@@ -6,6 +6,7 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, PlainSerializer, PlainValidator, WithJsonSchema, model_validator
 
+from figbridge.config import own_sql
 from figbridge.config.conflict import ConflictsSection, Owner
 from figbridge.config.fields import Column, JmesPath, OneOrMore, Section, TableName, check_path
 
@@ -141,6 +142,8 @@ class StatementSection(Section):
             if named != self.with_.keys():
                 odd = ", ".join(sorted(named ^ self.with_.keys()))
                 raise ValueError(f"sql and with do not name the same parameters ({odd}); each %(name)s wants its path")
+            if wrong := own_sql.refused(self.sql):
+                raise ValueError(f"sql {wrong[0]}; write {wrong[1]}")
         if self.into is not None:
             self._fits_action()
 

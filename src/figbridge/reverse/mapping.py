@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from figbridge import canary
 from figbridge.change import Lsn
-from figbridge.config import MappingSection, StatementSection, Value, split_table
+from figbridge.config import MappingSection, StatementSection, Value, own_sql, split_table
 from figbridge.errors import ConfigError, Problem
 from figbridge.event import Named, Received
 from figbridge.reverse.message import Malformed, hops, payload_hash, storable, write
@@ -189,6 +189,8 @@ class _Call:
     def _statement(self, query: object, values: Document) -> Free:
         if not isinstance(query, str):  # the driver would take other things, or fall over them
             raise Malformed(f"call {self._name}", f"returned {type(query).__name__} for SQL", expected="a string")
+        if wrong := own_sql.refused(query):
+            raise Malformed(f"call {self._name}", f"returned SQL that {wrong[0]}", expected=wrong[1])
         return Free(query, {name: _text(value, self._name) for name, value in values.items()})
 
 

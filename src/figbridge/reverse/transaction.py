@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from figbridge.errors import LegacyUnavailable
 from figbridge.reverse import claim
@@ -330,6 +331,11 @@ def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Namin
             raise Suspects(works, error) from error
         query = failed.query if isinstance(failed.query, str) else failed.query.decode()
         raise Suspects(failed.members, error, query) from error
+    if connection.info.transaction_status != TransactionStatus.INTRANS:
+        # what was read as another statement (`own_sql`) was one that ends it: nothing more may be done without a claim
+        raise Suspects(
+            works, psycopg.errors.InvalidTransactionTermination("the SQL has ended the bridge's transaction")
+        )
     return read(works, sent)
 
 
