@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from figbridge.config import HashSection, SelectSection
 from figbridge.forward.snapshot import chunk, moved
 from figbridge.forward.snapshot.loop import Snapshot
 from figbridge.forward.snapshot.progress import Progress, State
@@ -25,6 +26,7 @@ ALTER TABLE thing ALTER big SET STORAGE EXTERNAL;
 INSERT INTO thing SELECT n, n, CASE WHEN n > 20 THEN repeat(chr(64 + n), 5000) END FROM generate_series(1, 30) AS n;
 """
 THING = ("public", "thing")
+RULES: list[dict[str, Any]] = [{"mask": ["v"]}, {"hash": ["v"]}, {"truncate": {"v": 1}}, {"where": "v != `100`"}]
 MOVE = "UPDATE thing SET id = -id WHERE id = 25"
 Place = tuple[str, int]
 
@@ -123,6 +125,17 @@ def test_every_version(each_database: Database) -> None:
     prepare(each_database, DDL, "thing")
     skip(each_database)
     told(each_database, {("high", 2): MOVE})
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_where_there_are_rules(prepared: Database, rules: dict[str, Any]) -> None:
+    select = [SelectSection.model_validate({"table": "public.thing", **rules})]
+    hashing = HashSection.model_validate({"key": "correct horse battery"})
+    loop = at(prepared, {("high", 2): MOVE})
+    with Forward(prepared, snapshot=[THING], loop=loop, select=select, hashing=hashing) as forward:
+        finished(forward, "thing")
+    assert [it["after"]["big"] for it in reads(forward.sink.details, -25)] == ["Y" * 5000]
+    assert noted(prepared) == []
 
 
 def paused(database: Database) -> Callable[[], object]:

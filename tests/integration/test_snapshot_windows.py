@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from figbridge.config import HashSection, SelectSection
 from figbridge.forward.snapshot import chunk
 from figbridge.forward.snapshot.loop import Snapshot
 from figbridge.forward.snapshot.progress import State
@@ -21,6 +22,8 @@ ALTER TABLE thing ALTER big SET STORAGE EXTERNAL;
 INSERT INTO thing SELECT n, n, CASE WHEN n = 5 THEN repeat('x', 5000) END FROM generate_series(1, 10) AS n;
 """
 THING = ("public", "thing")
+HASHING = HashSection.model_validate({"key": "correct horse battery"})
+RULES: list[dict[str, Any]] = [{"mask": ["v"]}, {"hash": ["v"]}, {"truncate": {"v": 1}}, {"where": "v != `100`"}]
 
 
 def skip(database: Database) -> None:
@@ -35,8 +38,11 @@ def prepared(database: Database) -> Database:
     return database
 
 
-def within(database: Database, *, before: str = "", after: str = "") -> list[dict[str, Any]]:
+def within(
+    database: Database, rules: dict[str, Any] | None = None, *, before: str = "", after: str = ""
+) -> list[dict[str, Any]]:
     """The events of a snapshot in whose first window this SQL runs, `before` or `after` the chunk is read."""
+    select = [SelectSection.model_validate({"table": "public.thing", **rules})] if rules else []
     todo = {"low": before, "high": after}
 
     class Disturbed(Snapshot):
@@ -50,7 +56,7 @@ def within(database: Database, *, before: str = "", after: str = "") -> list[dic
             if statement := todo.pop("low", ""):
                 database.execute(statement)
 
-    with Forward(database, snapshot=[THING], loop=Disturbed) as forward:
+    with Forward(database, snapshot=[THING], loop=Disturbed, select=select, hashing=HASHING) as forward:
         finished(forward, "thing")
         return forward.sink.details
 
@@ -65,9 +71,31 @@ def test_the_stream_wins(prepared: Database, place: str) -> None:
     UPDATE thing SET v = 0 WHERE id = 3; DELETE FROM thing WHERE id = 4; UPDATE thing SET id = 20 WHERE id = 6;
     INSERT INTO thing VALUES (11, 11);
     """
-    events = told(within(prepared, **{place: statements}))
+    events = told(within(prepared, None, **{place: statements}))
     assert events[:4] == [("update", 3), ("delete", 4), ("update", 20), ("insert", 11)]
     assert events[4:] == [("read", id_) for id_ in (1, 2, 5, 7, 8, 9, 10)]
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_the_stream_wins_where_there_are_rules(prepared: Database, rules: dict[str, Any], place: str) -> None:
+    statements = """
+    UPDATE thing SET v = 0 WHERE id IN (3, 5); DELETE FROM thing WHERE id = 4; UPDATE thing SET id = 20 WHERE id = 6;
+    """
+    events = within(prepared, rules, **{place: statements})
+    assert told(events[:4]) == [("update", 3), ("update", 5), ("delete", 4), ("update", 20)]
+    assert told(events[4:]) == [("read", id_) for id_ in (1, 2, 7, 8, 9, 10, 5)], "5 is read again: its big was unsent"
+    assert events[-1]["after"]["big"] == "x" * 5000
+
+
+def test_the_stream_wins_where_the_key_stays(prepared: Database) -> None:
+    statements = (
+        "UPDATE thing SET v = 33 WHERE id = 3; UPDATE thing SET v = 55 WHERE id = 5; DELETE FROM thing WHERE id = 4"
+    )
+    events = within(prepared, {"mask": ["id"]}, after=statements)
+    assert [(it["op"], (it["after"] or {}).get("v")) for it in events] == [
+        ("update", 33), ("update", 55), ("delete", None), *(("read", v) for v in (1, 2, 6, 7, 8, 9, 10, 55)),
+    ]  # fmt: skip
 
 
 def test_what_comes_before_the_window_is_no_touch(prepared: Database) -> None:
@@ -205,3 +233,12 @@ def test_a_table_that_is_rewritten_is_begun_anew(keyless: Database) -> None:
     skip(keyless)
     events = within(keyless, after="VACUUM FULL thing")
     assert {it["after"]["id"] for it in events if it["op"] == "read"} == set(range(100, 40001))
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_without_a_key_where_there_are_rules(keyless: Database, rules: dict[str, Any]) -> None:
+    statements = "UPDATE thing SET v = 0 WHERE id = 3; DELETE FROM thing WHERE id = 4; INSERT INTO thing VALUES (6, 6)"
+    events = within(keyless, rules, after=statements)
+    assert [(it["op"], (it["after"] or it["before"])["id"]) for it in events] == [
+        ("update", 3), ("delete", 4), ("insert", 6), ("read", 1), ("read", 2), ("read", 5),
+    ]  # fmt: skip

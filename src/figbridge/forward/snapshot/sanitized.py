@@ -7,7 +7,7 @@ until its slice leaves, and nobody prints it. Rows that stay are gone from it be
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from psycopg import sql
@@ -58,9 +58,9 @@ class Sanitized(Layout):
         if block.rows:
             yield Part.of([_row(line) for line in block.lines[:-1].split(b"\n")])
 
-    def names(self, rows: Iterable[Any]) -> list[str]:
+    def names(self, part: Part) -> list[str]:
         """See `Layout.names`."""
-        return [f"{self.table.label}{self._written(row)[2].decode()}" for row in rows]
+        return [f"{self.table.label}{self._written(row)[2].decode()}" for row in part.values()]
 
     def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
         """See `Layout.keys`."""
