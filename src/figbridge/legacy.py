@@ -1,7 +1,8 @@
 """Connections to the legacy database, the polite way.
 
 Everything that is not a replication connection goes through `connect`: it names itself in pg_stat_activity, fails fast
-when the server is gone, and never leaves a transaction idle.
+when the server is gone, and never leaves a transaction idle. It speaks UTF-8, whatever the encoding of the database is,
+or what a role's settings ask for: values are what the walsender's are, and the server converts.
 
 Who is dead is found out by three clocks, because each sees what the others do not: ``connect_timeout`` while a
 connection is opened; the kernel (`SOCKET`) when the host or the network is gone, however busy the server was; and
@@ -108,6 +109,7 @@ def connect(
             dsn,
             autocommit=autocommit,
             application_name=f"figbridge-{purpose}",
+            client_encoding="UTF8",
             prepare_threshold=sys.maxsize if prepares else None,  # executions until one is prepared that did not ask
             **socket_settings(dsn),  # type: ignore[arg-type]  # libpq's own parameters, which psycopg passes on
         )

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from figbridge.event import Event
-from figbridge.forward.snapshot import joint, layout
+from figbridge.forward.snapshot import chunk, joint, layout
 from figbridge.forward.values import Encoders
 from figbridge.preflight.catalogue import Name
 from fixtures.forward import Forward
@@ -117,6 +117,30 @@ def test_a_byte_that_is_not_utf_8_is_what_the_stream_says(database: Database) ->
     )
     events = _compared(database, "old")
     assert b"udcff" in events[0].detail
+
+
+@pytest.mark.parametrize("where", ["LATIN1", "EUC_JP", "WIN1251", "UTF8"])
+def test_text_is_utf_8_whatever_the_encoding(database: Database, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Of the database, or what the database's settings ask clients to speak."""
+    text = {"EUC_JP": "日本語", "WIN1251": "Привет"}.get(where, "Müller Ã¤")
+    name = f"{database.name}_{where.lower()}"
+    database.execute(f"CREATE DATABASE {name} ENCODING '{where}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    other = Database(database.server, name)
+    monkeypatch.setattr(chunk.Size, "learn", lambda *_: None)
+    try:
+        if where == "UTF8":
+            database.execute(f"ALTER DATABASE {name} SET client_encoding = 'LATIN1'")
+        prepare(other, "CREATE TABLE people (id text PRIMARY KEY, name text, document jsonb, names text[])", "people")
+        with other.connect(client_encoding="UTF8") as connection:
+            connection.execute(
+                "INSERT INTO people SELECT n || %(it)s, %(it)s, to_jsonb(%(it)s::text), ARRAY[%(it)s] "
+                "FROM generate_series(1, 4001) AS n",  # more than a chunk has
+                {"it": text},
+            )
+        assert len(_compared(other, "people")) == 4001
+    finally:
+        other.execute("SELECT pg_drop_replication_slot(%s)", [other.slot])
+        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def _compared(database: Database, table: str) -> list[Event]:
