@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import orjson
 import pytest
 
 from figbridge.event import Event
@@ -117,6 +118,14 @@ def test_a_byte_that_is_not_utf_8_is_what_the_stream_says(database: Database) ->
     )
     events = _compared(database, "old")
     assert b"udcff" in events[0].detail
+
+
+@pytest.mark.parametrize("type_", ["pair", "checked"])
+def test_a_composite_value_of_nulls_is_no_null(each_database: Database, type_: str) -> None:
+    types = "CREATE TYPE pair AS (a int, b text); CREATE DOMAIN checked AS pair"
+    prepare(each_database, f"{types}; CREATE TABLE thing (id int PRIMARY KEY, it {type_})", "thing")
+    each_database.execute("INSERT INTO thing VALUES (1, ROW(NULL, NULL)), (2, ROW(1, NULL)), (3, NULL)")
+    assert [orjson.loads(it.detail)["after"]["it"] for it in _compared(each_database, "thing")] == ["(,)", "(1,)", None]
 
 
 @pytest.mark.parametrize("where", ["LATIN1", "EUC_JP", "WIN1251", "UTF8"])

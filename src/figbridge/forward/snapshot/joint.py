@@ -80,8 +80,13 @@ _WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
     values.boolean: (_PLAIN, _BOOLEAN, _BOOLEAN),
     values.timestamp: (_TIME, "{it}", "coalesce({it}, {moment}::pg_catalog.timestamp)"),
     values.timestamptz: (_TIME, "{it}", "coalesce({it}, {moment}::pg_catalog.timestamptz)"),
-    # a cast to text is not always what the type prints (inet, character); concat prints
-    values.text: (_TEXT, "{it}", "CASE WHEN {it} IS NULL THEN {null} ELSE pg_catalog.concat({it}) END"),
+    # a cast to text is not always what the type prints (inet, character); concat prints. IS NULL would be true of a
+    # composite value, too, all of whose attributes are NULL
+    values.text: (
+        _TEXT,
+        "{it}",
+        "CASE WHEN {it} IS NOT DISTINCT FROM NULL THEN {null} ELSE pg_catalog.concat({it}) END",
+    ),
 }
 _TEXTS: Final = (_TEXT, "{it}", "coalesce({it}, {null})")
 _BLANKS: Final = (_TEXT, "{it}", "coalesce({it}, {null}::pg_catalog.bpchar)")
