@@ -3,18 +3,20 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
+from math import inf
 from typing import Any
 
 import orjson
 import pytest
 
 from figbridge.event import Event
-from figbridge.forward.snapshot import chunk, joint, layout
+from figbridge.forward.snapshot import chunk, joined, joint, layout
 from figbridge.forward.values import Encoders
 from figbridge.preflight.catalogue import Name
+from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
-from fixtures.snapshot import finished, prepare
+from fixtures.snapshot import finished, prepare, states
 from fixtures.type_matrix import SECTIONS, Case, array_of, by_kind
 
 
@@ -194,6 +196,73 @@ def test_every_row_is_read_once_whatever_the_key(database: Database, key: str, r
     assert len(events) == len({it["id"] for it in events}) == 5000
     expected = database.execute("SELECT to_json(t)->>'id' FROM thing t")
     assert sorted(str(it) for it in after(events)) == sorted(str(it).strip('"') for (it,) in expected)
+
+
+@pytest.fixture(params=[True, False], ids=["joined", "copied"])
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of some rows."""
+
+    class Small(chunk.Size):
+        def learn(self, _chunk: chunk.Chunk) -> None:
+            """The next chunk is as large, and read in the same way."""
+
+    monkeypatch.setattr(chunk, "Size", lambda: Small(rows=4, width=joined.NARROW if request.param else inf))
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"),
+    [
+        ("int[]", "ARRAY[n, NULL]"),
+        ("int[]", "('[0:1]={' || n || ',7}')::int[]"),
+        ("text[]", "ARRAY['a,\"b', 'NULL', n::text]"),
+        ("bool[]", "ARRAY[true, NULL] || array_fill(false, ARRAY[n])"),
+        ("numeric[]", "ARRAY[[n / 7.0, 1.50], [9007199254740993, n]]"),
+        ("jsonb[]", "ARRAY[to_jsonb(n), '[1, \"x\"]']"),
+        ("timestamptz[]", "ARRAY['2026-01-01 00:00+00'::timestamptz + n * interval '1 h']"),
+        ("numbers", "ARRAY[n]"),
+        ("numbers[]", "ARRAY[ARRAY[n]::numbers]"),
+        ("oidvector", "(n || ' 7')::oidvector"),
+        ("jsonb", "to_jsonb('k' || n)"),
+        ("jsonb", "CASE n % 3 WHEN 0 THEN to_jsonb(n) WHEN 1 THEN to_jsonb(n::text) ELSE jsonb_build_array(n) END"),
+        ("document", "to_jsonb('k' || n)"),
+        ('"char"', 'chr(64 + n)::"char"'),
+        ("pair", "ROW(n, NULL)::pair"),
+        ("int4range", "int4range(n, n + 1)"),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("small")
+def test_a_key_of_any_type_at_the_end_of_a_chunk(database: Database, type_: str, value: str) -> None:
+    database.execute(
+        "CREATE DOMAIN numbers AS int[]; CREATE DOMAIN document AS jsonb; CREATE TYPE pair AS (a int, b text)"
+    )
+    prepare(database, f"CREATE TABLE thing (id {type_} PRIMARY KEY, n int)", "thing")
+    database.execute(f"INSERT INTO thing SELECT {value}, n FROM generate_series(1, 20) AS n")
+    assert len(_compared(database, "thing")) == 20
+
+
+@pytest.mark.usefixtures("small")
+def test_a_key_that_is_not_utf_8_at_the_end_of_a_chunk(database: Database) -> None:
+    """No literal can be made of it: the next chunk begins behind the row before."""
+    prepare(database, 'CREATE TABLE old (id text COLLATE "C" PRIMARY KEY, n int)', "old")
+    database.execute("CREATE CAST (bytea AS text) WITHOUT FUNCTION")
+    database.execute("INSERT INTO old SELECT chr(96 + n), n FROM generate_series(1, 8) AS n")
+    for key in ("63ff", "64ff", "68ff"):  # behind the third, the fourth and the last
+        database.execute(f"INSERT INTO old VALUES ('\\x{key}'::bytea::text, 0)")
+    assert len(_compared(database, "old")) == 11
+
+
+@pytest.mark.usefixtures("small")
+def test_a_chunk_of_keys_that_are_not_utf_8_fails_the_table_alone(database: Database) -> None:
+    prepare(
+        database, "CREATE TABLE old (id text PRIMARY KEY, n int); CREATE TABLE thing (id int PRIMARY KEY)", "old, thing"
+    )
+    database.execute("CREATE CAST (bytea AS text) WITHOUT FUNCTION; INSERT INTO thing VALUES (1)")
+    for number in range(5):
+        database.execute(f"INSERT INTO old VALUES ('\\xff{number:02}'::bytea::text, {number})")
+    with Forward(database, snapshot=[("public", "old"), ("public", "thing")]) as forward:
+        until(lambda: forward.failure or states(database) == {"old": "failed", "thing": "done"}, 20)
+        assert forward.failure is None
+    assert "not UTF-8" in database.execute("SELECT message FROM figbridge.snapshot WHERE state = 'failed'")[0][0]
 
 
 def test_a_table_without_columns_has_rows_too(database: Database) -> None:

@@ -110,6 +110,32 @@ def test_a_value_that_the_stream_did_not_send_is_read_again(prepared: Database) 
     assert (events[-1]["after"]["v"], len(events[-1]["after"]["big"])) == (0, 5000)
 
 
+def of_key(database: Database, type_: str, value: str) -> None:
+    """Five rows whose key is such a value of n, each with a value that is not sent where it stays."""
+    prepare(database, f"CREATE TABLE thing (id {type_} PRIMARY KEY, v int, big text)", "thing")
+    database.execute("ALTER TABLE thing ALTER big SET STORAGE EXTERNAL; CREATE CAST (bytea AS text) WITHOUT FUNCTION")
+    database.execute(f"INSERT INTO thing SELECT {value}, n, repeat('x', 5000) FROM generate_series(1, 5) AS n")
+    skip(database)
+
+
+@pytest.mark.parametrize(
+    ("type_", "value"), [("int[]", "ARRAY[n]"), ("jsonb", "to_jsonb('k' || n)"), ("text[]", "ARRAY['a,\"b', n::text]")]
+)
+def test_a_row_that_is_read_again_is_found_by_any_key(database: Database, type_: str, value: str) -> None:
+    of_key(database, type_, value)
+    events = within(database, after="UPDATE thing SET v = 0 WHERE v = 3")
+    assert [(it["op"], it["after"]["v"]) for it in events] == [
+        ("update", 0), ("read", 1), ("read", 2), ("read", 4), ("read", 5), ("read", 0),
+    ]  # fmt: skip
+    assert len(events[-1]["after"]["big"]) == 5000
+
+
+def test_a_row_that_is_to_be_read_again_and_cannot_be_looked_up_fails_the_table(database: Database) -> None:
+    of_key(database, "text", "CASE n WHEN 3 THEN '\\x62ff'::bytea::text ELSE n::text END")
+    with pytest.raises(AssertionError, match="bytes that are not UTF-8"):
+        within(database, after="UPDATE thing SET v = 0 WHERE v = 3")
+
+
 def test_a_row_that_the_reverse_path_wrote_is_read_again(prepared: Database) -> None:
     """Its own event is dropped, and what the chunk has of it is old."""
     ours = (

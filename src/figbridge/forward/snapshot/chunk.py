@@ -11,7 +11,7 @@ again later; the reading is broken off when it becomes too long or too large, an
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from math import inf
 from typing import Final
@@ -23,7 +23,7 @@ from figbridge.errors import LegacyUnavailable
 from figbridge.forward.snapshot import joined
 from figbridge.forward.snapshot import plan as plans
 from figbridge.forward.snapshot.block import Block
-from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.layout import Layout, NoLiteral
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.reads import Share
 from figbridge.preflight.catalogue import Name, quote
@@ -156,7 +156,7 @@ def read(
     `width` is what was learned of the rows, in bytes: narrow ones are `joined`, if there is somebody for `looking` at
     them. While the stream flows, by `share`, it has most of the time.
 
-    Raises psycopg.Error, and `joined.Refused`.
+    Raises psycopg.Error, `joined.Refused` and NoLiteral.
     """
     if plan.path:
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
@@ -185,11 +185,11 @@ def read(
     if plan.key:
         statement = layout.copy(plans.key_chunk(plan, layout.query, cursor, condition, most))
         blocks, seconds, size, whole = _blocks(connection, statement, layout.block, share=share)
-        last: Cursor | None = cursor
-        if blocks:
-            (row,) = layout.rows(Block(_last_line(blocks[-1].lines), 1))
-            last = plans.cursor(plan, layout.keys(row, plan.indexes(plan.key)))
-        return Chunk(blocks, last, whole and sum(block.rows for block in blocks) < most, seconds, size, odd)
+        ended = whole and sum(block.rows for block in blocks) < most
+        last = cursor
+        with suppress(NoLiteral) if ended else nullcontext():
+            last = _behind(plan, layout, blocks[-1]) if blocks else cursor
+        return Chunk(blocks, last, ended, seconds, size, odd)
     place = plans.ctid_leaf(connection, plan, cursor)
     if place is None:
         return Chunk((), cursor, True, 0.0, 0)
@@ -207,6 +207,19 @@ def read(
     blocks, seconds, size, whole = _blocks(connection, statement, placed, share=share)
     end = f"({plans.ctid_end(place)},0)" if whole else ctid.decode()
     return Chunk(blocks, place | {"ctid": end}, False, seconds, size)
+
+
+def _behind(plan: Plan, layout: Layout, block: Block) -> Cursor:
+    """Behind the last row that has a literal: rows behind that are read again, as after a kill. Raises NoLiteral."""
+    indexes = plan.indexes(plan.key)
+    (row,) = layout.rows(Block(_last_line(block.lines), 1))
+    try:
+        return plans.cursor(plan, layout.keys(row, indexes))
+    except NoLiteral:
+        for other in reversed(list(layout.rows(block))):
+            with suppress(NoLiteral):
+                return plans.cursor(plan, layout.keys(other, indexes))
+        raise
 
 
 def _last_line(text: bytes) -> bytes:

@@ -20,11 +20,11 @@ from itertools import chain
 from types import CodeType
 from typing import Any, Final
 
-import orjson
 from psycopg import sql
 from psycopg.postgres import types as _built_in
 
 from figbridge.change import Operation, Row
+from figbridge.errors import BridgeError
 from figbridge.event import Event
 from figbridge.forward import values
 from figbridge.forward.place import Stamp
@@ -42,6 +42,16 @@ _SERVED: Final = {values.text, values.boolean, values.float_, values.timestamp, 
 _INT8: Final = _built_in["int8"].oid  # its values are digits or null
 _UUID: Final = _built_in["uuid"].oid
 _JSONB: Final = _built_in["jsonb"].oid
+
+
+class NoLiteral(BridgeError):
+    """No statement can name a row: its key has bytes that are no UTF-8."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(
+            f"a key of {table.relation} holds bytes that are not UTF-8, and by these no row can be looked up",
+            hint="correct the value, then order the snapshot of the table again",
+        )
 
 
 class Layout:
@@ -138,8 +148,11 @@ class Layout:
         return found
 
     def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
-        """These values of a row, as the texts that literals are made of."""
-        return [value if not value.startswith('"') else orjson.loads(value) for value in map(row.__getitem__, indexes)]
+        """These values of a row, as the texts that literals are made of. Raises NoLiteral."""
+        texts = [json.loads(it) if it.startswith('"') else it for it in map(row.__getitem__, indexes)]
+        if not all(map(_is_text, texts)):
+            raise NoLiteral(self.table)
+        return texts
 
     def events(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
         """The events of rows, whose ordinals begin at `ordinal`; `identity` begins their ids."""
@@ -172,6 +185,11 @@ def _valid(value: str) -> str:
         text: str = json.loads(value)
         return values.text(text.encode(errors="surrogateescape")).decode()
     return value.encode(errors="backslashreplace").decode()
+
+
+def _is_text(value: str) -> bool:
+    """Whether all of it is UTF-8: a byte that is not is half a character."""
+    return value.isascii() or not any("\ud800" <= it <= "\udfff" for it in value)
 
 
 class _Pieces:

@@ -1,5 +1,8 @@
 """The layout of a table about which there are rules: its values come as text, and pass the encoders of the stream.
 
+It also is that of a table whose key has a type of which JSON does not give back the text that a literal is made of: an
+array, say. There are few of these.
+
 INVARIANT. What `figbridge.forward.sanitize` keeps from the stream's events is in no event of a snapshot, nor in its id.
 A block holds values as they are in the database, which the names of rows and the next chunk are made of; it lives
 until its slice leaves, and nobody prints it. Rows that stay are gone from it before it is offered.
@@ -14,9 +17,10 @@ from psycopg import sql
 
 from figbridge.change import Operation, Row
 from figbridge.event import Event, envelopes
+from figbridge.forward import values
 from figbridge.forward.place import Stamp
 from figbridge.forward.snapshot.block import Block, Part, Values
-from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.layout import Layout, NoLiteral
 from figbridge.forward.table import Table
 
 _NULL: Final = b"\\N"
@@ -24,9 +28,18 @@ _ESCAPE: Final = re.compile(rb"\\(.)", re.DOTALL)
 _MEANS: Final = {b"b": b"\b", b"f": b"\f", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"v": b"\v"}
 
 
-def layout(table: Table, *, keyed: bool) -> Layout:
-    """How the rows of `table` come from the server and become events."""
-    return Sanitized(table, keyed=keyed) if table.ruled else Layout(table, keyed=keyed)
+# what they write a literal can be made of, as it is or without its quotation marks
+_GIVE_BACK: Final = {
+    values.text, values.boolean, values.raw, values.safe_number, values.exact_number, values.float_, values.timestamp,
+    values.timestamptz,
+}  # fmt: skip
+
+
+def layout(table: Table, *, keyed: bool, order: Sequence[str]) -> Layout:
+    """How the rows of `table` come from the server, in the order of these columns, and become events."""
+    columns = zip(table.relation.columns, table.encoders, strict=True)
+    odd = any(column.name in order and encoder not in _GIVE_BACK for column, encoder in columns)
+    return Sanitized(table, keyed=keyed) if table.ruled or odd else Layout(table, keyed=keyed)
 
 
 class Sanitized(Layout):
@@ -64,8 +77,11 @@ class Sanitized(Layout):
 
     def keys(self, row: Values, indexes: Sequence[int]) -> list[str]:
         """See `Layout.keys`."""
-        values: Any = row
-        return [(values[index] or b"").decode() for index in indexes]
+        found: Any = row
+        try:
+            return [(found[index] or b"").decode() for index in indexes]
+        except UnicodeDecodeError:
+            raise NoLiteral(self.table) from None
 
     def events(self, part: Part, identity: str, stamp: Stamp, ordinal: int) -> list[Event]:
         """See `Layout.events`."""
