@@ -27,8 +27,8 @@ from figbridge.errors import BridgeError, LegacyUnavailable
 SCHEMA: Final = "figbridge"
 
 # SQLSTATE classes whose cause passes by itself: connection, serialization and deadlock, resources, object in use
-# or lock not available, operator intervention; a session that was cut for its transaction's time (25P03, 25P04); and a
-# database that takes no writes for now (25006), as in a failover or a cut-over.
+# or lock not available, operator intervention; a database that takes no writes for now (25006), as in a failover or a
+# cut-over; and a transaction that was idle or took too long (25P03, 25P04), whose connection the server has ended.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PASSING: Final = ("08", "25006", "25P03", "25P04", "40", "53", "55", "57")
 

@@ -7,8 +7,11 @@ from math import inf
 from typing import Any
 
 import orjson
+import psycopg
 import pytest
 
+from figbridge import legacy
+from figbridge.errors import LegacyUnavailable
 from figbridge.event import Event
 from figbridge.forward.snapshot import chunk, joined, joint, layout
 from figbridge.forward.values import Encoders
@@ -283,6 +286,50 @@ def test_what_the_server_refuses_to_join_is_read_by_copy(database: Database, mon
         rows = [it for it in forward.sink.details if it["op"] == "read"]
         voids = forward.metrics.registry.get_sample_value("figbridge_forward_snapshot_voids_total")
     assert (after(rows), voids) == (list(range(1, 101)), 1)
+
+
+def test_a_chunk_takes_the_time_that_it_takes(each_database: Database) -> None:
+    """Whatever the database's own timeouts say: a transaction that is ended before its chunk is read never gets on."""
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    since_17 = ["transaction_timeout"] if each_database.version >= 17 else []
+    for name in ("statement_timeout", "idle_in_transaction_session_timeout", *since_17):
+        each_database.execute(f"ALTER DATABASE {each_database.name} SET {name} = '50ms'")
+    with (
+        legacy.connect(each_database.dsn, purpose="test", autocommit=True) as connection,
+        chunk.locked(connection, ("public", "thing"), lambda _: False),
+    ):
+        connection.execute("SELECT pg_sleep(0.1)")
+        (idle,) = connection.execute("SELECT current_setting('idle_in_transaction_session_timeout')").fetchone() or (
+            "",
+        )
+    assert idle == "1min"
+
+
+@pytest.mark.pg(">= 17")
+@pytest.mark.parametrize(
+    ("setting", "statement", "state"),
+    [
+        ("transaction_timeout", "SELECT pg_sleep(60)", "25P04"),
+        ("idle_in_transaction_session_timeout", "BEGIN", "25P03"),
+    ],
+)
+def test_a_transaction_that_the_server_ends_is_tried_again(
+    database: Database, setting: str, statement: str, state: str
+) -> None:
+    there = "SELECT 1 FROM pg_stat_activity WHERE pid = %s"
+    with legacy.connect(database.dsn, purpose="test", autocommit=True) as connection:
+        connection.execute(f"SET {setting} = '20ms'".encode())
+
+        def ended() -> None:
+            with legacy.translated():
+                connection.execute(statement.encode())
+                until(lambda: not database.execute(there, [connection.info.backend_pid]))
+                connection.execute("SELECT 1")
+
+        with pytest.raises(LegacyUnavailable, match="timeout") as caught:
+            ended()
+    assert isinstance(caught.value.__cause__, psycopg.Error)
+    assert caught.value.__cause__.sqlstate == state
 
 
 def test_a_rate_bounds_each_chunk_and_the_time_of_all(database: Database) -> None:

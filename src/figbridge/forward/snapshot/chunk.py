@@ -4,8 +4,9 @@ INVARIANT. The transaction's snapshot has no transaction in progress that the ca
 locked (ACCESS SHARE) before the snapshot is taken: so the chunk sees all that the stream has told before the low
 watermark, and its rows are of the one schema that is compared with the window's.
 
-Politeness: a lock that is not granted within two seconds, and a statement that takes a minute, are given up and tried
-again later; the reading is broken off when it becomes too long or too large, and what came by then is the chunk.
+Politeness: a lock that is not granted within two seconds, and a statement that takes a minute, or a minute without one,
+are given up and tried again later, whatever timeouts the role or the database has; the reading is broken off when it
+becomes too long or too large, and what came by then is the chunk.
 """
 
 import time
@@ -38,9 +39,11 @@ _BEGIN: Final = """
 BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;
 SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '60s'; SET LOCAL jit = off; SET LOCAL row_security = off;
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0;
+SET LOCAL idle_in_transaction_session_timeout = '60s'; {since_17}
 LOCK TABLE ONLY {table} IN ACCESS SHARE MODE;
 SELECT pg_is_in_recovery(), ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint)
 """
+_SINCE_17: Final = "SET LOCAL transaction_timeout = 0;"
 
 
 Line = bytes | bytearray | memoryview  # as psycopg gives it
@@ -107,7 +110,8 @@ def locked(connection: psycopg.Connection, name: Name, met: Callable[[list[int]]
     `met` says whether any of these transactions was met in the stream. None on a standby (see `standby`).
     """
     # one round trip, for each costs as much as some thousand rows
-    begin = sql.SQL(_BEGIN).format(table=sql.Identifier(*name))
+    since_17 = sql.SQL(_SINCE_17 if connection.info.server_version >= 170000 else "")
+    begin = sql.SQL(_BEGIN).format(table=sql.Identifier(*name), since_17=since_17)
     for _ in range(_PATIENCE):
         try:
             try:
