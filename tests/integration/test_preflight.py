@@ -10,7 +10,7 @@ import pytest
 
 from figbridge import preflight, provision
 from figbridge.errors import SetupError
-from figbridge.preflight import tables
+from figbridge.preflight import Finding, tables
 from fixtures.checked import config_of, inspected, mapping, role, walsender
 from fixtures.postgres import Database, _fresh
 
@@ -223,6 +223,50 @@ def test_a_role_that_may_not_read(shop: Database) -> None:
         assert f"role {name} may not SELECT" in finding.what
         shop.execute(finding.remedy)
         assert inspected(config, "run").only("ok", "table shop.orders")
+
+
+def test_a_role_that_may_not_read_the_partitions(shop: Database) -> None:
+    """Without a key they are read one by one."""
+    shop.execute(
+        "CREATE TABLE shop.t (id int) PARTITION BY RANGE (id); ALTER TABLE shop.t REPLICA IDENTITY FULL; "
+        "CREATE SCHEMA parts; CREATE TABLE parts.t_1 PARTITION OF shop.t FOR VALUES FROM (0) TO (9); "
+        "ALTER TABLE parts.t_1 REPLICA IDENTITY FULL"
+    )
+    provision.initialise(config_of(shop.dsn, "shop.t", slot=shop.slot))
+    with role(shop) as (name, dsn):
+        shop.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT SELECT ON shop.t TO {name}")
+
+        def said() -> list[Finding]:
+            return [
+                it
+                for it in inspected(config_of(dsn, "shop.t", slot=shop.slot), "run")
+                if "partition parts.t_1" in it.what
+            ]
+
+        rights = [it for it in said() if "may not SELECT" in it.what]
+        assert [(it.level, it.where) for it in rights] == [("warning", "table shop.t")]
+        shop.execute(rights[0].remedy)
+        assert not [it for it in said() if "may not SELECT" in it.what]
+        shop.execute("ALTER TABLE parts.t_1 ENABLE ROW LEVEL SECURITY")
+        assert [it.level for it in said() if "row-level security" in it.what] == ["warning"]
+        shop.execute(f"REVOKE SELECT ON parts.t_1 FROM {name}")
+        shop.execute("TRUNCATE shop.t; ALTER TABLE shop.t ADD PRIMARY KEY (id)")
+        assert not [it for it in said() if "may not SELECT" in it.what], (
+            "the rows are read by the key of the table above"
+        )
+
+
+def test_a_role_from_which_rows_are_hidden(each_database: Database) -> None:
+    each_database.execute(f"{SHOP} ALTER TABLE shop.orders ENABLE ROW LEVEL SECURITY")
+    provision.initialise(config_of(each_database.dsn, slot=each_database.slot))
+    assert inspected(config_of(each_database.dsn, slot=each_database.slot), "run").only("ok", "table shop.orders")
+    with role(each_database) as (name, dsn):
+        each_database.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT SELECT ON shop.orders TO {name}")
+        config = config_of(dsn, slot=each_database.slot)
+        finding = inspected(config, "run").only("warning", "table shop.orders")
+        assert f"row-level security is in force for role {name}" in finding.what
+        each_database.execute(finding.remedy)
+        assert not [it for it in inspected(config, "run") if it.level == "warning" and it.where == "table shop.orders"]
 
 
 def test_several_problems_are_all_reported(shop: Database) -> None:

@@ -47,6 +47,7 @@ class Table:
     has_identity   an UPDATE of a published row finds what to call the row; for a partitioned table, its template
     owned          the role is the owner, or a member of it, or superuser
     readable       the role may SELECT
+    policed        row-level security may hide rows from the role
     generated      generated columns, which no publication of ours carries
     identity_generated   the replica identity contains one of them
     identity_columns   those of the index that is the replica identity; none where the identity is full or nothing
@@ -62,6 +63,7 @@ class Table:
     is_partition: bool
     owned: bool
     readable: bool
+    policed: bool
     generated: list[str]
     identity_generated: bool
     identity_columns: list[str]
@@ -84,6 +86,7 @@ _TABLES: Final = """
            c.relispartition AS is_partition,
            pg_has_role(c.relowner, 'USAGE') AS owned,
            has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'SELECT') AS readable,
+           row_security_active(c.oid) AS policed,
            generated.names AS generated,
            CASE WHEN c.relreplident = 'f' THEN cardinality(generated.names) > 0
                 ELSE coalesce(generated.numbers && identity.columns, false) END AS identity_generated,

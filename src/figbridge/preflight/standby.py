@@ -92,6 +92,13 @@ def _rights(standby: psycopg.Connection, config: Config) -> Iterator[Finding]:
             f"on the primary: GRANT USAGE ON SCHEMA {schemas} TO {role}; "
             f"GRANT SELECT ON {', '.join(table.quoted for table in closed)} TO {role};",
         )
+    if policed := [table for table in found.values() if table.readable and table.policed]:
+        yield error(
+            PLACE,
+            f"row-level security is in force for role {spell(standby.info.user)} on {', '.join(map(str, policed))}: "
+            "their snapshots would fail",
+            f"on the primary: ALTER ROLE {quote(standby.info.user)} BYPASSRLS;",
+        )
 
 
 def _replay(standby: psycopg.Connection) -> Iterator[Finding]:

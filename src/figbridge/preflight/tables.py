@@ -92,18 +92,33 @@ def _content(connection: psycopg.Connection, table: Table, names: Sequence[Name]
                 )
     if table.is_partition:
         yield _partition(connection, table, names)
-    if not table.readable:
-        yield warning(
-            f"table {table}",
-            f"role {spell(connection.info.user)} may not SELECT: changes leave, but rows cannot be compared or copied",
-            f"GRANT USAGE ON SCHEMA {catalogue.quote(table.schema)} TO {catalogue.quote(connection.info.user)}; "
-            f"GRANT SELECT ON {table.quoted} TO {catalogue.quote(connection.info.user)};",
-        )
+    yield from _rights(connection, table)
     if table.generated:
         yield warning(
             f"table {table}",
             f"generated columns are not published: {', '.join(map(spell, table.generated))}",
             "let the consumers compute them; PostgreSQL sends no generated column by default",
+        )
+
+
+def _rights(connection: psycopg.Connection, table: Table, of: str = "") -> Iterator[Finding]:
+    """What keeps the role from reading the rows."""
+    place, role = f"table {of or table}", catalogue.quote(connection.info.user)
+    whose = f" its partition {table}, and without a primary key each is read by itself" if of else ""
+    if not table.readable:
+        yield warning(
+            place,
+            f"role {spell(connection.info.user)} may not SELECT{whose}: changes leave, but rows cannot be compared or "
+            "copied",
+            f"GRANT USAGE ON SCHEMA {catalogue.quote(table.schema)} TO {role}; "
+            f"GRANT SELECT ON {table.quoted} TO {role};",
+        )
+    elif table.policed:
+        yield warning(
+            place,
+            f"row-level security is in force for role {spell(connection.info.user)}{whose and f' on{whose}'}: changes "
+            "leave, but a snapshot, which reads all rows or none, fails",
+            f"ALTER ROLE {role} BYPASSRLS;",
         )
 
 
@@ -149,6 +164,7 @@ def _lack(table: Table) -> str:
 def _partitioned(connection: psycopg.Connection, table: Table) -> Iterator[Finding]:
     """An UPDATE runs on the partitions, so it is their identity that counts; a new one inherits only a primary key."""
     partitions = catalogue.leaves(connection, table)
+    ordered = table.identity_columns or legacy.primary_key_of(connection, table.schema, table.name)
     for leaf in partitions:
         if leaf.kind != "r" or leaf.persistence != "p":
             yield error(
@@ -160,6 +176,8 @@ def _partitioned(connection: psycopg.Connection, table: Table) -> Iterator[Findi
         else:
             yield from _identity(connection, leaf, of=str(table))
             yield from _same_identity(table, leaf)
+            if not ordered:
+                yield from _rights(connection, leaf, of=str(table))
     if not partitions:
         yield from _identity(connection, table)
     elif table.identity != "d" or not table.has_identity:
