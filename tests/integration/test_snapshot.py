@@ -125,6 +125,19 @@ def test_a_byte_that_is_not_utf_8_is_what_the_stream_says(database: Database) ->
     assert b"udcff" in events[0].detail
 
 
+def test_a_type_of_the_name_text_before_the_one_of_the_server(database: Database) -> None:
+    """It would cut off what the bridge's own statements have as text, without an error."""
+    database.execute("CREATE SCHEMA odd; CREATE DOMAIN odd.text AS varchar(1)")
+    tables = "CREATE TABLE thing (id int PRIMARY KEY, half float4, n numeric); CREATE TABLE bare (n int)"
+    prepare(database, tables, "thing, bare")
+    database.execute(f"ALTER DATABASE {database.name} SET search_path = odd, public, pg_catalog")
+    database.execute("INSERT INTO thing VALUES (11, 1.25, 12.5), (12, NULL, NULL); INSERT INTO bare VALUES (11)")
+    database.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [database.slot])
+    assert [it["after"] for it in walk(database, ("public", "thing"), ("public", "bare"))] == [
+        {"id": 11, "half": 1.25, "n": 12.5}, {"id": 12, "half": None, "n": None}, {"n": 11},
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("type_", ["pair", "checked"])
 def test_a_composite_value_of_nulls_is_no_null(each_database: Database, type_: str) -> None:
     types = "CREATE TYPE pair AS (a int, b text); CREATE DOMAIN checked AS pair"

@@ -29,7 +29,8 @@ def tell(connection: psycopg.Connection, state: State, *, slot: str, schema: str
     """Write the notice into the open transaction; `more` is run, since and reason. Raises psycopg.Error."""
     content = {"slot": slot, "state": state, "schema": schema, "table": table, **more}
     connection.execute(
-        "SELECT pg_logical_emit_message(true, %s::text, %s::text)", [PREFIX, orjson.dumps(content).decode()]
+        "SELECT pg_logical_emit_message(true, %s::pg_catalog.text, %s::pg_catalog.text)",
+        [PREFIX, orjson.dumps(content).decode()],
     )
 
 

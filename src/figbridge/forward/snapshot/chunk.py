@@ -41,7 +41,7 @@ SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '60s'; SET LOCAL ji
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL max_parallel_workers_per_gather = 0;
 SET LOCAL idle_in_transaction_session_timeout = '60s'; {since_17}
 LOCK TABLE ONLY {table} IN ACCESS SHARE MODE;
-SELECT pg_is_in_recovery(), ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::text::bigint)
+SELECT pg_is_in_recovery(), ARRAY(SELECT pg_snapshot_xip(pg_current_snapshot())::pg_catalog.text::bigint)
 """
 _SINCE_17: Final = "SET LOCAL transaction_timeout = 0;"
 
@@ -166,8 +166,8 @@ def read(
         # the operators of the key's types are looked up there; those of extensions need not be in the role's path
         path = ", ".join(quote(schema) for schema in ("pg_catalog", *plan.path))
         connection.execute(
-            "SELECT set_config('search_path', concat_ws(', ', %s::text, nullif(current_setting('search_path'), '')), "
-            "true)",
+            "SELECT set_config('search_path', "
+            "concat_ws(', ', %s::pg_catalog.text, nullif(current_setting('search_path'), '')), true)",
             [path],
         )
     if again:

@@ -32,7 +32,7 @@ _NARROWED: Final = """
     WHERE r.prpubid = p.publication AND r.prrelid = c.oid AND NOT EXISTS (
         SELECT FROM pg_publication_namespace s WHERE s.pnpubid = r.prpubid AND s.pnnspid = c.relnamespace)
 """
-_NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::text AS filter"  # before 15
+_NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::pg_catalog.text AS filter"  # before 15
 
 # A key's columns may have NULL if their constraint was never validated (18). 403 is btree: of others, such as the gist
 # index of a temporal key, strategies have other meanings. From 18 on an invalid primary key is a partitioned table's
@@ -40,7 +40,7 @@ _NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::text AS filter" 
 # As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
 # base type (logicalrep_write_typ). Since 18 generated columns can be there, listed or by publish_generated_columns.
 _DESCRIBED: Final = """
-SELECT c.oid::bigint, c.relkind::text, c.relreplident::text, p.publication IS NOT NULL, narrowed.filter,
+SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.text, p.publication IS NOT NULL, narrowed.filter,
        (SELECT coalesce(json_agg(json_build_object(
                    'name', a.attname, 'type', a.atttypid::bigint, 'typmod', a.atttypmod,
                    'written', coalesce(base.written, format('%%I.%%I', tn.nspname, t.typname)), 'named', base.name
@@ -100,7 +100,7 @@ WHERE n.nspname = %(schema)s AND c.relname = %(table)s AND c.relkind IN ('r', 'p
 TABLE: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=_OR_SCHEMA), narrowed=_NARROWED)
 TABLE_14: Final = _DESCRIBED.format(published=_PUBLISHED.format(or_schema=""), narrowed=_NEVER_NARROWED)
 LEAVES: Final = """
-SELECT c.oid::bigint, n.nspname::text, c.relname::text
+SELECT c.oid::bigint, n.nspname::pg_catalog.text, c.relname::pg_catalog.text
 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE c.relkind = 'r' AND c.oid IN (SELECT %s::oid UNION SELECT relid FROM pg_partition_tree(%s) WHERE isleaf)
 ORDER BY c.oid

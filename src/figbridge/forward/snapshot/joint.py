@@ -75,8 +75,8 @@ _LAST: Final = "(pg_catalog.array_agg({it}))[pg_catalog.count(*)] AS {name}"
 _BOOLEAN: Final = "CASE WHEN {it} THEN 'true' WHEN NOT {it} THEN 'false' ELSE 'null' END"
 # encoder → what is done to the values, and how they get into the text: as they are when they cannot be NULL, and else
 _WAYS: Final[dict[values.Encoder, tuple[int, str, str]]] = {
-    values.raw: (_PLAIN, "{it}", "coalesce({it}::text, 'null')"),
-    values.safe_number: (_PLAIN, "{it}", "coalesce({it}::text, 'null')"),
+    values.raw: (_PLAIN, "{it}", "coalesce({it}::pg_catalog.text, 'null')"),
+    values.safe_number: (_PLAIN, "{it}", "coalesce({it}::pg_catalog.text, 'null')"),
     values.boolean: (_PLAIN, _BOOLEAN, _BOOLEAN),
     values.timestamp: (_TIME, "{it}", "coalesce({it}, {moment}::pg_catalog.timestamp)"),
     values.timestamptz: (_TIME, "{it}", "coalesce({it}, {moment}::pg_catalog.timestamptz)"),
@@ -93,7 +93,7 @@ _BLANKS: Final = (_TEXT, "{it}", "coalesce({it}, {null}::pg_catalog.bpchar)")
 _JSON: Final = (_PLAIN, "{it}", "coalesce({it}, 'null'::pg_catalog.jsonb)")
 _INTEGER: Final = (_PLAIN, "{it}", "coalesce({it}::pg_catalog.int8, {number}::pg_catalog.int8)")
 _NUMERIC: Final = (_PLAIN, "{it}", "coalesce({it}, {number}::pg_catalog.numeric)")
-_QUOTED: Final = (_PLAIN, "pg_catalog.to_json({it})", "coalesce(pg_catalog.to_json({it})::text, 'null')")
+_QUOTED: Final = (_PLAIN, "pg_catalog.to_json({it})", "coalesce(pg_catalog.to_json({it})::pg_catalog.text, 'null')")
 _BY_TYPE: Final = {
     _OID["text"]: _TEXTS,
     _OID["varchar"]: _TEXTS,

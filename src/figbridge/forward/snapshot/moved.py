@@ -210,7 +210,7 @@ _DURABLE: Final = "SET TRANSACTION READ WRITE; SET LOCAL synchronous_commit = 'l
 _STARTED: Final = f"""
 SELECT schema_name, table_name, run FROM figbridge.snapshot
 WHERE {MINE} AND state = ANY (%(open)s) AND started_at IS NOT NULL
-  AND (schema_name, table_name) IN (SELECT * FROM unnest(%(schemas)s::text[], %(tables)s::text[]))
+  AND (schema_name, table_name) IN (SELECT * FROM unnest(%(schemas)s::pg_catalog.text[], %(tables)s::pg_catalog.text[]))
 ORDER BY schema_name, table_name FOR SHARE
 """  # noqa: S608 (constants)
 _INSERT: Final = f"""
@@ -223,10 +223,10 @@ SET key = excluded.key, commit_lsn = excluded.commit_lsn, ordinal = excluded.ord
 WHERE (excluded.commit_lsn, excluded.ordinal) > (m.commit_lsn, m.ordinal)
 """  # noqa: S608 (constants)
 _NEXT: Final = f"""
-SELECT name, key, commit_lsn::text, ordinal FROM figbridge.snapshot_moved
+SELECT name, key, commit_lsn::pg_catalog.text, ordinal FROM figbridge.snapshot_moved
 WHERE {ONE} AND name > %(behind)s ORDER BY name LIMIT %(most)s
 """  # noqa: S608 (constants)
 _FORGET: Final = f"""
 DELETE FROM figbridge.snapshot_moved WHERE {ONE} AND (name, commit_lsn, ordinal) IN (
-    SELECT * FROM unnest(%(names)s::text[], %(lsns)s::pg_lsn[], %(ordinals)s::bigint[]))
+    SELECT * FROM unnest(%(names)s::pg_catalog.text[], %(lsns)s::pg_catalog.pg_lsn[], %(ordinals)s::bigint[]))
 """  # noqa: S608 (constants)

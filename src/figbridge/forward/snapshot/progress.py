@@ -29,7 +29,7 @@ from figbridge.preflight.catalogue import Name
 State = Literal["waiting", "running", "paused", "done", "cancelled", "failed"]
 OPEN: Final = ("waiting", "running", "paused")
 
-HERE: Final = "(SELECT system_identifier::text FROM pg_control_system())"
+HERE: Final = "(SELECT system_identifier::pg_catalog.text FROM pg_control_system())"
 MINE: Final = f"slot = %(slot)s AND system_identifier = {HERE}"
 ONE: Final = f"{MINE} AND schema_name = %(schema)s AND table_name = %(table)s"
 
@@ -188,7 +188,7 @@ WHERE s.state <> ALL (%(open)s)
 _START: Final = f"""
 UPDATE figbridge.snapshot SET state = 'running', estimate = %(estimate)s, updated_at = now(),
        started_at = coalesce(started_at, now()), since = coalesce(since, pg_current_wal_insert_lsn())
-WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING since::text
+WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING since::pg_catalog.text
 """  # noqa: S608 (constants)
 _ADVANCE: Final = f"""
 WITH advanced AS (
@@ -196,13 +196,13 @@ WITH advanced AS (
            message = CASE WHEN %(rows)s = 0 THEN message END
     WHERE {ONE} AND run = %(run)s RETURNING state
 )
-SELECT state, (SELECT count(pg_logical_emit_message(true, '{PREFIX}', mark)) FROM unnest(%(marks)s::text[]) AS mark
-               WHERE state = 'running')
+SELECT state, (SELECT count(pg_logical_emit_message(true, '{PREFIX}', mark))
+               FROM unnest(%(marks)s::pg_catalog.text[]) AS mark WHERE state = 'running')
 FROM advanced
 """  # noqa: S608 (constants)
 _END: Final = f"""
 UPDATE figbridge.snapshot SET state = 'done', message = NULL, updated_at = now()
-WHERE {ONE} AND run = %(run)s AND state IN ('running', 'paused') RETURNING since::text
+WHERE {ONE} AND run = %(run)s AND state IN ('running', 'paused') RETURNING since::pg_catalog.text
 """  # noqa: S608 (constants)
 _FAIL: Final = f"""
 UPDATE figbridge.snapshot SET state = 'failed', message = %(why)s, updated_at = now()

@@ -31,8 +31,10 @@ from figbridge.retry import Stopped
 
 _PATIENCE: Final = 30.0  # seconds; longer the window would have to note what the stream touches
 _TICK: Final = 0.01
-_HERE: Final = "SELECT pg_current_wal_insert_lsn()::text, current_database()::text"
-_BEHIND: Final = "SELECT pg_is_in_recovery(), current_database()::text, pg_last_wal_replay_lsn() >= %s::pg_lsn"
+_HERE: Final = "SELECT pg_current_wal_insert_lsn()::pg_catalog.text, current_database()::pg_catalog.text"
+_BEHIND: Final = (
+    "SELECT pg_is_in_recovery(), current_database()::pg_catalog.text, pg_last_wal_replay_lsn() >= %s::pg_catalog.pg_lsn"
+)
 
 
 class Standby:
@@ -48,7 +50,7 @@ class Standby:
         try:
             with legacy.translated():
                 connection = legacy.connect(dsn, purpose="snapshot-standby", autocommit=True, prepares=True)
-                query = "SELECT system_identifier::text FROM pg_control_system()"
+                query = "SELECT system_identifier::pg_catalog.text FROM pg_control_system()"
                 (found,) = connection.execute(query).fetchone() or ("",)
         except BridgeError as error:  # whatever it is, it is no failure of the table
             away = LegacyUnavailable(
