@@ -1,5 +1,6 @@
 """Conflicts: what the owner of a row did meanwhile, found under a lock, decided by the rules, and kept."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -434,6 +435,25 @@ def test_types_without_equality_are_compared(shop: Database, applier: Applier) -
     works = [work(update, str(n), id=n, **new, before=seen) for n in (1, 2)]
     assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict")]
     assert shop.execute("SELECT columns FROM figbridge.conflict")[0][0].keys() == set(columns)
+
+
+@pytest.mark.parametrize("odd", ["\0", "\ud800", "\u65e5"])
+def test_a_conflict_is_kept_whatever_characters_its_event_holds(database: Database, odd: str) -> None:
+    name = f"{database.name}_latin1"
+    database.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+    shop = make_shop(Database(database.server, name))
+    try:
+        made(shop, 1, 2)
+        shop.execute("UPDATE shop.orders SET status = 'gr\xfcn' WHERE id = 1")
+        update = ruled("legacy_wins")
+        works = [work(update, str(n), id=n, status="paid", before=SEEN, other=[{odd: odd}]) for n in (1, 2)]
+        with closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=1)) as applier:
+            assert outcomes(applier, works) == [("ignored", "update_conflict"), APPLIED]
+        ((status, sent),) = shop.execute("SELECT before ->> 'status', event::text FROM figbridge.conflict")
+        assert status == "gr\xfcn"
+        assert json.loads(sent) == works[0].document
+    finally:
+        database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def test_no_value_of_a_conflict_is_in_the_outcome(shop: Database, applier: Applier) -> None:

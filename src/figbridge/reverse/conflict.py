@@ -38,15 +38,18 @@ _KNOWN: Final = """
     SELECT v.scope, v.identity FROM json_to_recordset($1::json) AS c (scope text, identity text)
     JOIN figbridge.entity_version v ON v.scope = c.scope AND v.identity = c.identity WHERE NOT v.deleted
 """
+# Documents are strings in it, because json_to_recordset reads every escape below: \u0000, a lone surrogate, or what the
+# database's encoding has not would fail it, and a json column holds them all.
 _KEEP: Final = """
     INSERT INTO figbridge.conflict (source, idempotency_key, event_id, scope, identity, version, kind, decision, state,
         table_name, statement, expected, before, proposed, after, columns, message, event)
     SELECT c.source, c.key, c.event_id, c.scope, c.identity, c.version, c.kind, c.decision,
            CASE c.decision WHEN 'rejected' THEN 'open' ELSE 'decided' END,
-           c.table_name, c.statement, c.expected, c.before, c.proposed, c.after, c.columns, c.message, c.event
+           c.table_name, c.statement, c.expected::json, c.before::json, c.proposed::json, c.after::json, c.columns,
+           c.message, c.event::json
     FROM json_to_recordset($1::json) AS c (source text, key text, event_id text, scope text, identity text,
-        version numeric, kind text, decision text, table_name text, statement integer, expected json, before json,
-        proposed json, after json, columns json, message text, event json)
+        version numeric, kind text, decision text, table_name text, statement integer, expected text, before text,
+        proposed text, after text, columns json, message text, event text)
 """
 # The columns of the index that was violated, and whether they are the ones that `$4` names.
 _INDEX: Final = """
@@ -133,13 +136,13 @@ class Conflicts:
             "decision": conflict.decision,
             "table_name": ".".join(task.statement.shape.table),
             "statement": number,
-            "expected": orjson.Fragment(task.expected.before),
-            "before": orjson.Fragment(task.found.text) if task.found else None,
-            "proposed": orjson.Fragment(task.statement.document),
-            "after": orjson.Fragment(after) if after else None,
+            "expected": task.expected.before,
+            "before": task.found.text if task.found else None,
+            "proposed": task.statement.document,
+            "after": after,
             "columns": conflict.columns,
             "message": message.replace("\0", "\\0"),
-            "event": orjson.Fragment(write(work.document, "the event")),
+            "event": write(work.document, "the event"),
         }
         self._kept.append(orjson.dumps(record))
 
