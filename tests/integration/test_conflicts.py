@@ -437,6 +437,31 @@ def test_types_without_equality_are_compared(shop: Database, applier: Applier) -
     assert shop.execute("SELECT columns FROM figbridge.conflict")[0][0].keys() == set(columns)
 
 
+def test_a_column_of_a_domain_that_forbids_null_need_not_be_known(shop: Database, applier: Applier) -> None:
+    shop.execute("""
+        CREATE DOMAIN shop.present AS text NOT NULL;
+        ALTER TABLE shop.orders ADD town shop.present DEFAULT 'here';
+    """)
+    made(shop, 1, 2, 3)
+    shop.execute("UPDATE shop.orders SET note = 'theirs' WHERE id = 2")
+    columns = {"note": "detail.note", "town": "detail.town"}
+    by_value = ruled("legacy_wins", "upsert", named={"set": columns}, before=BEFORE)
+    version = {"column": "version", "new": "detail.v"}
+    by_version = ruled("version_wins", "update", named={"set": columns}, version=version)
+    works = [
+        work(by_value, "1", id=1, note="ours", town="there", before=SEEN),
+        work(by_value, "2", id=2, note="ours", town="there", before=SEEN),
+        work(by_version, "3", id=3, note="ours", town="there", v=1),
+        work(by_value, "4", id=4, note="ours", before=SEEN),
+        work(by_value, "5", id=1, note="more", town=None, before=SEEN),
+    ]
+    assert outcomes(applier, works) == [
+        APPLIED, ("ignored", "update_conflict"), APPLIED, APPLIED, ("dead_letter", "23502"),
+    ]  # fmt: skip
+    found = [("ours", "there"), ("theirs", "here"), ("ours", "there"), ("ours", "here")]
+    assert shop.execute("SELECT note, town FROM shop.orders ORDER BY id") == found
+
+
 @pytest.mark.parametrize("odd", ["\0", "\ud800", "\u65e5"])
 def test_a_conflict_is_kept_whatever_characters_its_event_holds(database: Database, odd: str) -> None:
     name = f"{database.name}_latin1"

@@ -125,6 +125,23 @@ def test_a_child_goes_when_its_parent_has_come_whoever_brings_it(shop: Database,
     assert bridge.outcome("dead_letter") == 0
 
 
+def test_a_parent_whose_columns_are_of_a_domain_is_waited_for(shop: Database, bridge: Bridge) -> None:
+    """It forbids NULL in a column that nobody asks for, and the key that another event names."""
+    shop.execute("""
+        CREATE DOMAIN shop.present AS text NOT NULL;
+        CREATE DOMAIN shop.positive AS bigint CHECK (value > 0);
+        ALTER TABLE shop.customers ALTER id TYPE shop.positive, ADD town shop.present DEFAULT 'here';
+    """)
+    bridge.send("1", "order", id=1, customer=7, status="a")
+    bridge.send("2", "order", id=2, customer=-7, status="a")
+    bridge.until(retried=2)
+    bridge.send("3", "customer", id=7)
+    until(lambda: orders(shop) == [(1, "a")], 20, bridge.said)
+    bridge.send("4", "order", id=4, status="a")
+    bridge.until(applied=3)
+    assert shop.execute("SELECT event_id FROM figbridge.parked") == [("2",)]
+
+
 def test_what_brings_the_row_passes_the_update_that_waits_for_it(shop: Database, bridge: Bridge) -> None:
     bridge.send("2", "status", id=1, status="b")
     bridge.send("3", "status", id=1, status="c")

@@ -205,12 +205,12 @@ def test_nesting_is_hashed_as_far_as_the_stack_goes_and_then_refused() -> None:
 def rows(table: str) -> str:
     return (
         "FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number), "
-        f"json_populate_record(NULL::{table}, d.document) AS r"
+        f"json_populate_record(ROW((NULL::{table}).*)::{table}, d.document) AS r"
     )
 
 
 ORDERS = '"shop"."orders"'
-ALL_ROWS = f"FROM json_populate_recordset(NULL::{ORDERS}, $1::json) AS r"
+ALL_ROWS = f"FROM json_populate_recordset(ROW((NULL::{ORDERS}).*)::{ORDERS}, $1::json) AS r"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import psycopg
 from psycopg import sql
 
 from figbridge import legacy
-from figbridge.reverse.statement import Shape
+from figbridge.reverse.statement import Shape, empty
 
 # What COMMIT would say, while there is still something to roll back.
 CHECKED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
@@ -15,7 +15,7 @@ CHECKED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 _ROWS: Final = sql.SQL("""
     SELECT d.number, to_jsonb(t)::text
     FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number)
-    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document) AS r
+    CROSS JOIN LATERAL json_populate_record({empty}, d.document) AS r
     JOIN {table} AS t ON {row}
 """)
 
@@ -33,7 +33,9 @@ def rows(connection: psycopg.Connection, shape: Shape, documents: Sequence[str])
         else:
             names, condition = shape.columns, "to_jsonb(t.{c}) IS NOT DISTINCT FROM to_jsonb(r.{c})"
     row = sql.SQL(" AND ").join(sql.SQL(condition).format(c=sql.Identifier(name)) for name in names)
-    query = _ROWS.format(table=sql.Identifier(*shape.table), row=row if names else sql.SQL("false"))
+    query = _ROWS.format(
+        table=sql.Identifier(*shape.table), empty=empty(shape.table), row=row if names else sql.SQL("false")
+    )
     found: list[list[str]] = [[] for _ in documents]
     for number, text in psycopg.RawCursor(connection).execute(query, [f"[{','.join(documents)}]"]):
         found[number - 1].append(text)

@@ -34,6 +34,7 @@ from psycopg import sql
 from figbridge.reverse.claim import REUSED
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import ROW_WAITS, UPDATE_MISSING, Applied, Outcome, unavailable, words
+from figbridge.reverse.statement import empty
 
 _log = structlog.get_logger()
 
@@ -75,7 +76,7 @@ _OVERDUE: Final = sql.SQL("p.parked_at < now() - {seconds} * interval '1 second'
 _BY_TIME: Final = sql.SQL("p.awaited_table IS NULL AND p.due_at <= now()")
 _BY_ROW: Final = sql.SQL("""
     p.awaited_table = {names} AND p.awaited_columns = {columns} AND p.due_at <= now() AND EXISTS (
-        SELECT FROM {table} AS t, json_populate_record(NULL::{table}, p.awaited::json) AS r WHERE {row})
+        SELECT FROM {table} AS t, json_populate_record({empty}, p.awaited::json) AS r WHERE {row})
 """)
 
 
@@ -164,14 +165,18 @@ class Park:
     def _arrived(self, connection: psycopg.Connection, names: list[str], columns: list[str]) -> list[Parked]:
         row = sql.SQL(" AND ").join(sql.SQL("t.{c} = r.{c}").format(c=sql.Identifier(column)) for column in columns)
         condition = _BY_ROW.format(
-            names=sql.Literal(names), columns=sql.Literal(columns), table=sql.Identifier(*names), row=row
+            names=sql.Literal(names),
+            columns=sql.Literal(columns),
+            table=sql.Identifier(*names),
+            empty=empty((names[0], names[1])),
+            row=row,
         )
         try:
             return self._free(connection, condition)
         except psycopg.Error as error:
-            if not (error.sqlstate or "").startswith(("22", "42")):
+            if not (error.sqlstate or "").startswith(("22", "23", "42")):
                 raise
-            # the table has gone, may not be read, or cannot hold the key: then time has to do
+            # the table has gone, may not be read, or cannot hold the key (nor its domain): then time has to do
             _log.warning("cannot ask whether an awaited row has come", table=".".join(names), error=str(error))
             connection.execute(
                 "UPDATE figbridge.parked SET awaited_table = NULL WHERE awaited_table = %s AND awaited_columns = %s",

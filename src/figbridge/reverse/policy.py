@@ -18,7 +18,7 @@ from psycopg import sql
 
 from figbridge.config import ColumnsSection, ConflictsSection, StatementSection, split_table
 from figbridge.reverse.message import Malformed, write
-from figbridge.reverse.statement import Action, Statement
+from figbridge.reverse.statement import Action, Statement, empty
 from figbridge.reverse.values import ABSENT, Document, Path
 
 _LOCK: Final = sql.SQL("""
@@ -27,8 +27,8 @@ _LOCK: Final = sql.SQL("""
            {other_version}, {newer}
     FROM ROWS FROM (json_array_elements($1::json), json_array_elements($2::json), json_array_elements($3::json))
          WITH ORDINALITY AS d (document, seen, versions, number)
-    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.document) AS new
-    CROSS JOIN LATERAL json_populate_record(NULL::{table}, d.seen) AS before
+    CROSS JOIN LATERAL json_populate_record({empty}, d.document) AS new
+    CROSS JOIN LATERAL json_populate_record({empty}, d.seen) AS before
     JOIN {table} AS current ON {row}
     ORDER BY d.number
     FOR {strength} OF current
@@ -163,9 +163,9 @@ class Policy:
         other: sql.Composable = sql.SQL("NULL::bool")
         newer: sql.Composable = sql.SQL("NULL::bool")
         if version and version.seen:
-            other = _version(version.column, "seen", table, _OTHER)
+            other = _version(version.column, "seen", self.table, _OTHER)
         if version and version.new:
-            newer = _version(version.column, "new", table, _NEWER)
+            newer = _version(version.column, "new", self.table, _NEWER)
         computed = [sql.SQL("to_json({})::text").format(_expression(*it)) for it in self._computed.items()]
         return _LOCK.format(
             seen=sql.SQL(", ").join(sql.SQL("current.{}").format(sql.Identifier(column)) for column in seen),
@@ -176,6 +176,7 @@ class Policy:
             other_version=other,
             newer=newer,
             table=table,
+            empty=empty(self.table),
             row=sql.SQL(" AND ").join(
                 sql.SQL("current.{c} = new.{c}").format(c=sql.Identifier(column)) for column in key
             ),
@@ -220,11 +221,11 @@ def _present(path: Path, document: Document) -> Any:
     return value
 
 
-def _version(column: str, which: str, table: sql.Identifier, comparison: str) -> sql.Composed:
+def _version(column: str, which: str, table: tuple[str, str], comparison: str) -> sql.Composed:
     """The row's version beside the event's, which PostgreSQL converts with the column's type."""
     event = sql.SQL("json_build_object({name}::text, d.versions -> {which})")
-    converted = sql.SQL("(json_populate_record(NULL::{table}, {event})).{c}").format(
-        table=table,
+    converted = sql.SQL("(json_populate_record({empty}, {event})).{c}").format(
+        empty=empty(table),
         event=event.format(name=sql.Literal(column), which=sql.Literal(which)),
         c=sql.Identifier(column),
     )

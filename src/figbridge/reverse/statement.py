@@ -1,16 +1,15 @@
 """SQL, composed from a mapping and never from an event: an event only brings values.
 
 Values are converted by PostgreSQL, with the column's own type. A statement takes one JSON array, a document for each
-event, and hands each to ``json_populate_record(NULL::table, …)`` (or all of them, which is quicker, to
-``json_populate_recordset``, where nobody asks for their numbers). So arrays, composites, ``numeric`` of any length,
-``"NaN"``, ``bytea`` in hex, enums and domains arrive as the table means them, and this file knows no type at all.
+event, and hands each to ``json_populate_record`` (or all of them, which is quicker, to ``json_populate_recordset``,
+where nobody asks for their numbers). So arrays, composites, ``numeric`` of any length, ``"NaN"``, ``bytea`` in hex,
+enums and domains arrive as the table means them, and this file knows no type at all.
 https://www.postgresql.org/docs/current/functions-json.html
 
 One event or five hundred: it is the same statement, so a batch can do nothing that a single event does not. UPDATE and
 DELETE return the number of each document that found its row, which tells the events that did not.
 
-Columns that are not named keep their defaults on insert and their values on update. A column of a *domain* that forbids
-NULL cannot be left out: the record is built before the default applies, and PostgreSQL refuses it with 23502.
+Columns that are not named keep their defaults on insert and their values on update.
 """
 
 import functools
@@ -23,15 +22,19 @@ from psycopg import sql
 
 Action = Literal["insert", "update", "upsert", "delete", "soft"]
 
+# A row with NULL in each column. Not NULL itself: with that PostgreSQL runs each column that a document leaves out
+# through the checks of its domain, and refuses it where that forbids NULL.
+_EMPTY: Final = sql.SQL("ROW((NULL::{table}).*)::{table}")
+
 _ROWS: Final = sql.SQL(
     "json_array_elements($1::json) WITH ORDINALITY AS d (document, number), "
-    "json_populate_record(NULL::{table}, d.document) AS r"
+    "json_populate_record({empty}, d.document) AS r"
 )
 # An identity column that is GENERATED ALWAYS takes the new system's value where a mapping names it, as PostgreSQL's
 # own apply worker would write it. Without such a column the clause means nothing.
 _INSERT: Final = sql.SQL(
     "INSERT INTO {table} AS t ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} "
-    "FROM json_populate_recordset(NULL::{table}, $1::json) AS r"
+    "FROM json_populate_recordset({empty}, $1::json) AS r"
 )
 _UPDATE: Final = sql.SQL("UPDATE {table} AS t SET {assignments} FROM {rows} WHERE {row} RETURNING d.number")
 _DELETE: Final = sql.SQL("DELETE FROM {table} AS t USING {rows} WHERE {row} RETURNING d.number")
@@ -88,7 +91,8 @@ class Free:
 def compose(shape: Shape) -> bytes:
     """The SQL of `shape`; its parameter ``$1`` is a JSON array."""
     name = sql.Identifier(*shape.table)
-    rows = _ROWS.format(table=name)
+    record = empty(shape.table)
+    rows = _ROWS.format(empty=record)
     key, columns = list(shape.key), list(shape.columns)
     row = _each("t.{c} = r.{c}", key, " AND ")
     if shape.action in {"update", "soft"} and columns:
@@ -99,7 +103,8 @@ def compose(shape: Shape) -> bytes:
     if shape.action == "delete":
         return _DELETE.format(table=name, rows=rows, row=row).as_bytes(None)
     written = key + columns
-    insert = _INSERT.format(table=name, columns=_each("{c}", written, ", "), values=_each("r.{c}", written, ", "))
+    values = _each("r.{c}", written, ", ")
+    insert = _INSERT.format(table=name, empty=record, columns=_each("{c}", written, ", "), values=values)
     if shape.action == "insert":
         return insert.as_bytes(None)
     resolution = (
@@ -108,6 +113,11 @@ def compose(shape: Shape) -> bytes:
         else sql.SQL("DO NOTHING")
     )
     return sql.SQL("{} ON CONFLICT ({}) {}").format(insert, _each("{c}", key, ", "), resolution).as_bytes(None)
+
+
+def empty(table: tuple[str, str]) -> sql.Composable:
+    """The row of `table` for json_populate_record and its like to populate."""
+    return _EMPTY.format(table=sql.Identifier(*table))
 
 
 def finding(shape: Shape) -> bytes:

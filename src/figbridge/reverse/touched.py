@@ -22,7 +22,7 @@ from psycopg import sql
 from figbridge import mark
 from figbridge.mark import Entry
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.statement import Free, Shape, Statement
+from figbridge.reverse.statement import Free, Shape, Statement, empty
 
 _log = structlog.get_logger()
 
@@ -33,7 +33,7 @@ _FORGET: Final = 60.0  # seconds for which a table's other names are known: it m
 _DIGESTS: Final = sql.SQL("""
     WITH parsed AS MATERIALIZED (
         SELECT d.number, r FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number),
-                                json_populate_record(NULL::{table}, d.document) AS r),
+                                json_populate_record({empty}, d.document) AS r),
     told AS MATERIALIZED (
         SELECT count(set_config(s.name, s.setting, true)) AS settings
         FROM (SELECT count(*) AS rows FROM parsed) AS before
@@ -128,7 +128,7 @@ def _digests(connection: psycopg.Connection, shape: Shape, documents: Sequence[s
 def _compose(shape: Shape) -> bytes:
     key, row = _digest(shape.key), _digest([*shape.key, *shape.columns])
     settings = sql.Literal(json.dumps(mark.SETTINGS))
-    return _DIGESTS.format(table=sql.Identifier(*shape.table), settings=settings, key=key, row=row).as_bytes(None)
+    return _DIGESTS.format(empty=empty(shape.table), settings=settings, key=key, row=row).as_bytes(None)
 
 
 def _digest(columns: Sequence[str]) -> sql.Composable:
