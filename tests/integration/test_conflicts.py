@@ -11,6 +11,7 @@ import pytest
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.guard import LoopGuard
 from figbridge.reverse.mapping import Mapping, Work
+from figbridge.reverse.outcome import Awaited
 from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.reverse import count, event, make_shop, mapping, work
@@ -55,6 +56,19 @@ def kept(shop: Database) -> list[Any]:
 def made(shop: Database, *identities: int) -> None:
     for identity in identities or (1,):
         shop.execute("INSERT INTO shop.orders (id, status, note, quantity) VALUES (%s, 'new', 'n', 5)", [identity])
+
+
+def partition(shop: Database) -> None:
+    """Let shop.orders be partitioned, twice."""
+    shop.execute("""
+        ALTER TABLE shop.orders RENAME TO plain;
+        CREATE TABLE shop.orders (
+            LIKE shop.plain, PRIMARY KEY (id), FOREIGN KEY (customer_id) REFERENCES shop.customers
+        ) PARTITION BY RANGE (id);
+        CREATE TABLE shop.orders_low PARTITION OF shop.orders FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (id);
+        CREATE TABLE shop.orders_low_all PARTITION OF shop.orders_low FOR VALUES FROM (0) TO (100);
+        DROP TABLE shop.plain;
+    """)
 
 
 SEEN = {"status": "new", "note": "n", "n": 5}
@@ -205,7 +219,10 @@ def test_insert_exists(shop: Database, applier: Applier, policy: str, outcome: A
     assert len(kept(shop)) == 1
 
 
-def test_a_row_that_is_made_while_we_look_is_tried_again(shop: Database, applier: Applier) -> None:
+@pytest.mark.parametrize("kind", ["a table", "a partitioned table"])
+def test_a_row_that_is_made_while_we_look_is_tried_again(shop: Database, applier: Applier, kind: str) -> None:
+    if kind == "a partitioned table":
+        partition(shop)
     insert = ruled("legacy_wins", "insert")
     insert.primary_key = ("id",)
     patient = Applier(shop.dsn, statement_timeout=10, lock_timeout=10)
@@ -350,6 +367,25 @@ def test_a_missing_parent_waits_unless_a_rule_says_otherwise(shop: Database, app
     assert outcomes(applier, [work(waits, "1", id=1, customer=9)]) == [("retried", "23503")]
     assert outcomes(applier, [work(rejects, "2", id=1, customer=9)]) == [("ignored", "fk_missing")]
     assert kept(shop) == [("fk_missing", "rejected", "open")]
+
+
+def test_what_a_partition_refuses_is_judged_by_the_rules_of_its_table(shop: Database, applier: Applier) -> None:
+    partition(shop)
+    shop.execute("CREATE UNIQUE INDEX ON shop.orders_low_all (note)")
+    made(shop)
+    upsert, rejects, waits = (
+        ruled("legacy_wins", "upsert", kinds=kinds) for kinds in ({}, {"fk_missing": "reject"}, {"fk_missing": "wait"})
+    )
+    works = [
+        work(upsert, "1", id=2, status="a", note="n"),
+        work(rejects, "2", id=3, customer=9),
+        work(waits, "3", id=4, customer=9),
+    ]
+    found = applier.apply_all(works)
+    assert [found[it].reason for it in works] == ["unique_other", "fk_missing", "23503"]
+    assert found[works[2]].awaited == Awaited(("shop", "customers"), ("id",), '{"id":9}')
+    assert sorted(kept(shop)) == [("fk_missing", "rejected", "open"), ("unique_other", "legacy", "decided")]
+    assert [it[0] for it in rows(shop)] == [1]
 
 
 def test_what_the_legacy_system_owns_is_not_written(shop: Database, applier: Applier) -> None:

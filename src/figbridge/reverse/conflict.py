@@ -27,6 +27,7 @@ from figbridge.reverse import transaction
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.message import write
 from figbridge.reverse.outcome import DONE, PARENT_MISSING, STALE_VERSION, Applied, Outcome
+from figbridge.reverse.parents import tables_of
 from figbridge.reverse.policy import Expected, Policy, Row
 from figbridge.reverse.statement import Free, Statement
 from figbridge.reverse.transaction import STALE, Naming, Suspects
@@ -271,9 +272,10 @@ def refusal(connection: psycopg.Connection, work: Work, error: psycopg.Error, me
     state, diag = error.sqlstate, error.diag
     if state not in {_UNIQUE, PARENT_MISSING}:
         return None
+    tables = tables_of(connection, diag)
     made = [it for it in work.statements if isinstance(it, Statement)]
     for number, (statement, expected) in enumerate(zip(made, work.expected, strict=True), 1):
-        if expected is None or statement.shape.table != (diag.schema_name, diag.table_name):
+        if expected is None or statement.shape.table not in tables:
             continue
         kinds, policy = expected.policy.rules.kinds, expected.policy.rules.policy
         task = Task(statement, expected)

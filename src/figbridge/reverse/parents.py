@@ -1,6 +1,7 @@
 """Which row is missing, when a foreign key says that one is.
 
-The server's message says it in words of the server's language; the catalogue says it in columns.
+The server's message says it in words of the server's language; the catalogue says it in columns. Of a partitioned table
+an error names the partition.
 """
 
 from collections.abc import Iterable
@@ -24,6 +25,20 @@ _CONSTRAINT: Final = """
     WHERE c.contype = 'f' AND c.conname = $1 AND s.nspname = $2 AND t.relname = $3
 """
 
+_ABOVE: Final = """
+    WITH RECURSIVE above (oid) AS (
+        SELECT c.oid FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = $1 AND c.relname = $2
+        UNION SELECT i.inhparent FROM above a JOIN pg_inherits i ON i.inhrelid = a.oid)
+    SELECT n.nspname::text, c.relname::text
+    FROM above a JOIN pg_class c ON c.oid = a.oid JOIN pg_namespace n ON n.oid = c.relnamespace
+"""
+
+
+def tables_of(connection: psycopg.Connection, diag: psycopg.errors.Diagnostic) -> set[tuple[str, str]]:
+    """The tables that a statement may have named to meet an error: its own, and those that it is a part of."""
+    return set(psycopg.RawCursor(connection).execute(_ABOVE, [diag.schema_name, diag.table_name]).fetchall())
+
 
 def missing_parent(
     connection: psycopg.Connection, error: psycopg.Error, documents: Iterable[tuple[tuple[str, str], str]]
@@ -39,8 +54,9 @@ def missing_parent(
     if row is None:
         return None
     schema, table, columns, referred = row
+    tables = tables_of(connection, diag)
     for written, document in documents:
-        if written != (diag.schema_name, diag.table_name):
+        if written not in tables:
             continue
         values = read(document, "the columns")
         if all(values.get(column) is not None for column in columns):
