@@ -143,6 +143,34 @@ def test_a_row_that_changed_since_is_not_overwritten(
     assert (status(shop), state(shop)) == ("paid", [("resolved", "new")])
 
 
+def test_a_row_that_changed_in_its_last_digits_is_not_overwritten(
+    run: Run, shop: Database, applier: Applier, upsert: Mapping
+) -> None:
+    shop.execute("ALTER TABLE shop.orders ALTER quantity TYPE numeric; UPDATE shop.orders SET quantity = 1e5000 + 0.25")
+    conflict(applier, upsert, n=1)
+    assert f'"quantity":1{"0" * 5000}.25' in run("list", "--json").output, "a script has the digits, too"
+    shop.execute("UPDATE shop.orders SET quantity = quantity + 0.25")
+    refused = run("resolve", 1, "--take", "new")
+    assert refused.exit_code == 1
+    assert "somebody has written since" in refused.output
+    shop.execute("UPDATE shop.orders SET quantity = quantity - 0.25 + 0.000")
+    assert run("resolve", 1, "--take", "new").exit_code == 0, "250 thousandths are as much as 25 hundredths"
+    assert status(shop) == "paid"
+
+
+def test_a_row_that_is_nested_deeply_is_compared(run: Run, shop: Database, applier: Applier, upsert: Mapping) -> None:
+    shop.execute(f"""
+        ALTER TABLE shop.orders ALTER note TYPE json USING '{"[" * 3000}{"]" * 3000}';
+        ALTER TABLE shop.orders ALTER note TYPE jsonb;
+    """)
+    conflict(applier, upsert, note=[])
+    shop.execute("UPDATE shop.orders SET quantity = 6")
+    assert "written since" in run("resolve", 1, "--take", "new").output
+    shop.execute("UPDATE shop.orders SET quantity = 5")
+    assert run("resolve", 1, "--take", "new").exit_code == 0
+    assert status(shop) == "paid"
+
+
 def test_a_newer_event_is_not_undone(run: Run, shop: Database, applier: Applier, upsert: Mapping) -> None:
     conflict(applier, upsert, 1)
     conflict(applier, upsert, 2, status="shipped")

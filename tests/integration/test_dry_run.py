@@ -185,6 +185,26 @@ def test_what_would_be_changed_is_kept_and_nothing_is_changed(shop: Database, sh
     assert shadow.really == {}, "the live metrics tell of what is done"
 
 
+def test_columns_are_compared_to_the_last_digit(shop: Database, shadow: Shadow) -> None:
+    shop.execute(f"""
+        ALTER TABLE shop.orders ALTER quantity TYPE numeric, ADD deep jsonb;
+        UPDATE shop.orders SET quantity = 12345678901234567.1234 WHERE id = 1;
+        UPDATE shop.orders SET deep = '{"[" * 3000}{"]" * 3000}' WHERE id = 2;
+    """)
+    shadow.send(
+        body("1", "changed", id=1, n="12345678901234567.6234", entity="a"),
+        body("2", "changed", id=1, n="1e5000", entity="b"),
+        body("3", "changed", id=2, n=6, entity="c"),
+    )
+    assert shadow.would == {"applied": 3}
+    found = shop.execute(
+        "SELECT differences #>> '{0,columns}', differences #>> '{0,after,quantity}' FROM figbridge.dry_run ORDER BY id"
+    )
+    # nobody compares what is nested that deeply
+    assert found == [('["quantity"]', "12345678901234567.6234"), ('["quantity"]', f"1{'0' * 5000}"), (None, "6")]
+    nothing_was_written(shop)
+
+
 def test_where_both_systems_agree_nothing_is_kept(shop: Database, shadow: Shadow) -> None:
     shadow.send(body("1", id=1, v=1, status="new", note="n", n=5), body("2", "unheard-of", id=1))
     assert shadow.would == {"unchanged": 1, "ignored": 1}

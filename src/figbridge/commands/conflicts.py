@@ -1,10 +1,10 @@
 """`figbridge conflicts`; `figbridge.reverse.resolve` does it."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
 import click
+import orjson
 
 from figbridge.commands import config_option, reported
 from figbridge.config import Config
@@ -28,7 +28,7 @@ def conflicts_list(path: Path, kind: str | None, limit: int, *, everything: bool
 
         found = resolve.find(Config.load(path), state=None if everything else "open", kind=kind, most=limit)
         if as_json:
-            click.echo(json.dumps([it.document() for it in found], indent=2))
+            click.echo(orjson.dumps([it.document() for it in found], option=orjson.OPT_INDENT_2))
             return
         for line in [resolve.told(it) for it in found] or ["there is none"]:
             click.echo(line)
@@ -45,7 +45,7 @@ def conflicts_show(path: Path, number: int, *, as_json: bool) -> None:
 
         found = resolve.get(Config.load(path), number)
         if as_json:
-            click.echo(json.dumps(found.document(), indent=2))
+            click.echo(orjson.dumps(found.document(), option=orjson.OPT_INDENT_2))
             return
         for line in resolve.shown(found):
             click.echo(line)

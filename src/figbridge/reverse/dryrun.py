@@ -17,13 +17,14 @@ Differences are in a table and not in the log, because they are row values. Even
 and not recorded: when both systems agree, the table stays empty.
 """
 
-import json
+import contextlib
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingOf
 from typing import Any, Final
 
+import msgspec
 import orjson
 import psycopg
 import structlog
@@ -52,6 +53,8 @@ _RECORD: Final = """
     FROM json_to_recordset($1::json) AS r (source text, key text, event_id text, scope text, identity text,
         outcome text, reason text, message text, differences json, conflicts json)
 """
+
+_COLUMNS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])  # values as they are written, to the last digit
 
 # One row of one statement: (number of the statement, table, row before, row after), rows as JSON
 Difference = tuple[int, str, str | None, str | None]
@@ -200,8 +203,11 @@ def _records(told: Iterable[tuple[Item, Applied, list[Difference]]]) -> Iterator
 def _document(number: int, table: str, before: str | None, after: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"statement": number, "table": table}
     if before and after:
-        then = json.loads(before)
-        found["columns"] = [name for name, value in json.loads(after).items() if value != then[name]]
+        with contextlib.suppress(
+            RecursionError
+        ):  # a value is nested too deeply for us: nobody says which columns differ
+            then = _COLUMNS.decode(before)
+            found["columns"] = [name for name, value in _COLUMNS.decode(after).items() if value != then[name]]
     return found | {
         "before": orjson.Fragment(before) if before else None,
         "after": orjson.Fragment(after) if after else None,
