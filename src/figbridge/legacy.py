@@ -185,6 +185,17 @@ def translated() -> Iterator[None]:
         raise translate(error) from error
 
 
+@contextmanager
+def every_digit(connection: psycopg.Connection) -> Iterator[None]:
+    """Let the transaction print floats to the last digit inside, whatever the database or the role says.
+
+    Not outside: what triggers print of our writes is to look like what they print of anybody's. Raises psycopg.Error.
+    """
+    connection.execute("SET LOCAL extra_float_digits TO 3")
+    yield
+    connection.execute("SET LOCAL extra_float_digits TO DEFAULT")  # after an error the transaction is over anyway
+
+
 def primary_key(dsn: str, schema: str, table: str) -> tuple[str, ...]:
     """The columns of a table's primary key, in the key's order; empty without one. Raises as `connect`."""
     with connect(dsn, purpose="catalogue", autocommit=True, patience=BRIEF) as connection, translated():

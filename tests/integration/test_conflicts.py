@@ -517,6 +517,40 @@ def test_a_conflict_is_kept_whatever_characters_its_event_holds(database: Databa
         database.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+def test_floats_are_compared_and_added_to_the_last_digit(database: Database) -> None:
+    make_shop(database)
+    database.execute(f"""
+        CREATE TABLE shop.floats (id int PRIMARY KEY, x float8);
+        INSERT INTO shop.floats VALUES (1, 0.1234567890123456789), (2, 0.30000000000000004), (3, 0.3);
+        CREATE TABLE shop.printed (x text);
+        CREATE FUNCTION shop.print() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN INSERT INTO shop.printed VALUES (NEW.x); RETURN NULL; END';
+        CREATE TRIGGER print AFTER UPDATE ON shop.floats FOR EACH ROW EXECUTE FUNCTION shop.print();
+        ALTER DATABASE {database.name} SET extra_float_digits = 0;
+    """)
+
+    def update(policy: str) -> Mapping:
+        rules = {"policy": policy, "before": {"x": "detail.seen"}}
+        return mapping("update", into="shop.floats", set={"x": "detail.x"}, conflicts=rules)
+
+    works = [
+        work(update("delta"), "1", id=1, x=0.2, seen=0.1),
+        work(update("legacy_wins"), "2", id=2, x=1, seen=0.3),
+        work(update("legacy_wins"), "3", id=3, x=1, seen=0.3),
+    ]
+    with closing(Applier(database.dsn, statement_timeout=10, lock_timeout=1)) as applier:
+        assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict"), APPLIED]
+    assert database.execute("""
+        SELECT id FROM shop.floats f JOIN (VALUES
+            (1, 0.1234567890123456789::float8 + (0.2::float8 - 0.1::float8)), (2, 0.30000000000000004), (3, 1)
+        ) AS e (id, x) USING (id) WHERE f.x = e.x ORDER BY id
+    """) == [(1,), (2,), (3,)]
+    assert database.execute("SELECT before ->> 'x' FROM figbridge.conflict ORDER BY id") == [
+        ("0.12345678901234568",), ("0.30000000000000004",),
+    ]  # fmt: skip
+    assert database.execute("SELECT x FROM shop.printed ORDER BY 1") == [("0.223456789012346",), ("1",)], "as ever"
+
+
 def test_no_value_of_a_conflict_is_in_the_outcome(shop: Database, applier: Applier) -> None:
     made(shop)
     shop.execute("UPDATE shop.orders SET status = 'secret-legacy'")

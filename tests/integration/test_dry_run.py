@@ -205,6 +205,17 @@ def test_columns_are_compared_to_the_last_digit(shop: Database, shadow: Shadow) 
     nothing_was_written(shop)
 
 
+def test_floats_are_compared_to_the_last_digit(shop: Database, tmp_path: Path) -> None:
+    shop.execute("ALTER TABLE shop.orders ALTER quantity TYPE float8")
+    shop.execute(f"ALTER DATABASE {shop.name} SET extra_float_digits = 0")
+    with running(Shadow(shop, tmp_path)) as shadow:
+        shadow.send(body("1", "changed", id=1, n=5.000000000000001, entity="a"))
+        assert shadow.would == {"applied": 1}
+    assert shop.execute("SELECT differences #>> '{0,after,quantity}' FROM figbridge.dry_run") == [
+        ("5.000000000000001",)
+    ]
+
+
 def test_where_both_systems_agree_nothing_is_kept(shop: Database, shadow: Shadow) -> None:
     shadow.send(body("1", id=1, v=1, status="new", note="n", n=5), body("2", "unheard-of", id=1))
     assert shadow.would == {"unchanged": 1, "ignored": 1}

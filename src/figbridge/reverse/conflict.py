@@ -159,7 +159,8 @@ class Conflicts:
             ]
             for work in works
         }
-        self._lock(connection, tasks)
+        with legacy.every_digit(connection):
+            self._lock(connection, tasks)
         waiting: dict[Work, Statement] = {}
         for work in works:
             for task in filter(None, tasks[work]):

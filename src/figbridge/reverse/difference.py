@@ -37,6 +37,7 @@ def rows(connection: psycopg.Connection, shape: Shape, documents: Sequence[str])
         table=sql.Identifier(*shape.table), empty=empty(shape.table), row=row if names else sql.SQL("false")
     )
     found: list[list[str]] = [[] for _ in documents]
-    for number, text in psycopg.RawCursor(connection).execute(query, [f"[{','.join(documents)}]"]):
-        found[number - 1].append(text)
+    with legacy.every_digit(connection):
+        for number, text in psycopg.RawCursor(connection).execute(query, [f"[{','.join(documents)}]"]):
+            found[number - 1].append(text)
     return found
