@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from figbridge import mark
 from figbridge.reverse.apply import Applier
+from figbridge.reverse.dryrun import Difference, Shadow
 from figbridge.reverse.guard import LoopGuard
 from figbridge.reverse.mapping import Mapping, Work
 from figbridge.reverse.outcome import Awaited
+from figbridge.reverse.touched import Touching
 from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.reverse import count, event, make_shop, mapping, work
@@ -549,6 +552,34 @@ def test_floats_are_compared_and_added_to_the_last_digit(database: Database) -> 
         ("0.12345678901234568",), ("0.30000000000000004",),
     ]  # fmt: skip
     assert database.execute("SELECT x FROM shop.printed ORDER BY 1") == [("0.223456789012346",), ("1",)], "as ever"
+
+
+def test_columns_may_bear_the_names_that_our_queries_use(database: Database) -> None:
+    make_shop(database)
+    names = (
+        "current", "new", "before", "it", "d", "r", "t", "p", "e", "s", "number", "document", "seen", "versions",
+        "parsed", "told", "settings", "name", "setting", "rows", "awaited", "source", "json_populate_record",
+    )  # fmt: skip
+    columns = ", ".join(f'"{name}" text' for name in names)
+    database.execute(f"CREATE TABLE shop.named (id int PRIMARY KEY, {columns}); INSERT INTO shop.named VALUES (1), (2)")
+    paths = {name: f'detail."{name}"' for name in names}
+    rules = {"policy": "legacy_wins", "before": paths, "version": {"column": "t", "new": "id"}}
+    update = mapping("update", into="shop.named", set=dict.fromkeys(names, "'set'"), conflicts=rules)
+    unseen = dict.fromkeys(names)
+    works = [work(update, "1", id=1, **unseen), work(update, "2", id=2, **unseen | {"it": "another"})]
+    found: dict[Work, list[Difference]] = {}
+    options: dict[str, Any] = {"statement_timeout": 10, "lock_timeout": 1}
+    with closing(Applier(database.dsn, examine=lambda _works: Shadow(found), **options)) as shadow:
+        assert outcomes(shadow, works) == [APPLIED, ("ignored", "update_conflict")]
+        assert [json.loads(after or "")["t"] for _, _, _, after in found[works[0]]] == ["set"]
+        (told,) = Touching().marks(shadow.connection(), works)
+        _, entries = mark.read(told.encode())
+        assert [len(entry.rows or ()) for entry in entries] == [1, 1], "the list is complete"
+    with closing(Applier(database.dsn, **options)) as applier:
+        assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict")]
+    assert database.execute("SELECT it, r, t FROM shop.named ORDER BY id") == [("set",) * 3, (None,) * 3]
+    ((before,),) = database.execute("SELECT before FROM figbridge.conflict")
+    assert before == {"id": 2} | unseen
 
 
 def test_no_value_of_a_conflict_is_in_the_outcome(shop: Database, applier: Applier) -> None:

@@ -12,8 +12,9 @@ from figbridge.reverse.statement import Shape, empty
 # What COMMIT would say, while there is still something to roll back.
 CHECKED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 
+# t.* is the row, whatever its columns are called; t alone would be a column of that name.
 _ROWS: Final = sql.SQL("""
-    SELECT d.number, to_jsonb(t)::text
+    SELECT d.number, to_jsonb(t.*)::text
     FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number)
     CROSS JOIN LATERAL json_populate_record({empty}, d.document) AS r
     JOIN {table} AS t ON {row}

@@ -21,8 +21,9 @@ from figbridge.reverse.message import Malformed, write
 from figbridge.reverse.statement import Action, Statement, empty
 from figbridge.reverse.values import ABSENT, Document, Path
 
+# it.* is the row, whatever its columns are called; it alone would be a column of that name.
 _LOCK: Final = sql.SQL("""
-    SELECT d.number, (SELECT row_to_json(it) FROM (SELECT {seen}) AS it)::text,
+    SELECT d.number, (SELECT row_to_json(it.*) FROM (SELECT {seen}) AS it)::text,
            ARRAY[{moved}]::bool[], ARRAY[{changed}]::bool[], ARRAY[{differing}]::bool[], ARRAY[{computed}]::text[],
            {other_version}, {newer}
     FROM ROWS FROM (json_array_elements($1::json), json_array_elements($2::json), json_array_elements($3::json))

@@ -30,10 +30,12 @@ _CHUNK: Final = 500  # events of one message: some 50 KB
 _FORGET: Final = 60.0  # seconds for which a table's other names are known: it may get partitions
 
 # MATERIALIZED, and the settings wait for its count: all is read before anything is printed.
+# r.* is the row, whatever its columns are called; r alone would be a column of that name.
 _DIGESTS: Final = sql.SQL("""
     WITH parsed AS MATERIALIZED (
-        SELECT d.number, r FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number),
-                                json_populate_record({empty}, d.document) AS r),
+        SELECT d.number, (r.*)::{table} AS r
+        FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number),
+             json_populate_record({empty}, d.document) AS r),
     told AS MATERIALIZED (
         SELECT count(set_config(s.name, s.setting, true)) AS settings
         FROM (SELECT count(*) AS rows FROM parsed) AS before
@@ -128,7 +130,9 @@ def _digests(connection: psycopg.Connection, shape: Shape, documents: Sequence[s
 def _compose(shape: Shape) -> bytes:
     key, row = _digest(shape.key), _digest([*shape.key, *shape.columns])
     settings = sql.Literal(json.dumps(mark.SETTINGS))
-    return _DIGESTS.format(empty=empty(shape.table), settings=settings, key=key, row=row).as_bytes(None)
+    return _DIGESTS.format(
+        table=sql.Identifier(*shape.table), empty=empty(shape.table), settings=settings, key=key, row=row
+    ).as_bytes(None)
 
 
 def _digest(columns: Sequence[str]) -> sql.Composable:
