@@ -13,6 +13,7 @@ from figbridge.reverse.apply import Applier
 from figbridge.reverse.dryrun import Difference, Shadow
 from figbridge.reverse.guard import LoopGuard
 from figbridge.reverse.mapping import Mapping, Work
+from figbridge.reverse.message import Malformed
 from figbridge.reverse.outcome import Awaited
 from figbridge.reverse.touched import Touching
 from fixtures.clock import until
@@ -200,6 +201,27 @@ def test_a_version_column_sees_what_was_changed_back(shop: Database, applier: Ap
         ("ignored", "update_conflict")
     ]
     assert outcomes(applier, [work(by_value, "2", id=1, status="paid", before=SEEN)]) == [APPLIED]
+
+
+@pytest.mark.parametrize("none", [{}, {"seen": None}], ids=["nothing", "null"])
+def test_an_event_that_makes_its_row_has_seen_no_version(shop: Database, applier: Applier, none: Any) -> None:
+    shop.execute("CREATE DOMAIN shop.version AS int NOT NULL; ALTER TABLE shop.orders ALTER version TYPE shop.version")
+    shop.execute("INSERT INTO shop.orders (id, status, version) VALUES (2, 'new', 5)")
+    version = {"column": "version", "seen": "detail.seen"}
+    columns = {"status": "detail.status", "version": "detail.v"}
+    upsert = ruled("reject", "upsert", named={"set": columns}, version=version)
+    insert = ruled("reject", "insert", named={"set": {"id": "detail.id", **columns}}, version=version)
+    insert.primary_key = ("id",)
+    works = [
+        work(upsert, "1", id=1, status="a", v=1, **none),
+        work(upsert, "2", id=2, status="a", v=1, **none),  # it knows of no row, and there is one
+        work(insert, "3", id=3, status="a", v=1, **none),
+        work(upsert, "4", id=2, status="b", v=6, seen=5),
+    ]
+    assert outcomes(applier, works) == [APPLIED, ("ignored", "update_conflict"), APPLIED, APPLIED]
+    assert [it[:2] for it in rows(shop)] == [(1, "a"), (2, "b"), (3, "a")]
+    with pytest.raises(Malformed, match="version seen"):
+        work(ruled("reject", version=version), "5", id=1, status="paid", **none)
 
 
 @pytest.mark.parametrize(
@@ -590,8 +612,6 @@ def test_no_value_of_a_conflict_is_in_the_outcome(shop: Database, applier: Appli
 
 
 def test_an_event_without_the_number_that_was_seen_is_malformed() -> None:
-    from figbridge.reverse.message import Malformed
-
     sell = ruled("delta", before=BEFORE, named={"set": {"quantity": "detail.n"}})
     with pytest.raises(Malformed):
         sell.prepare(event("1", id=1, n=2, before={}))

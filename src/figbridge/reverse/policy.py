@@ -130,9 +130,10 @@ class Policy:
                 raise Malformed(f"before {column}", "yields null or nothing", expected="the number that was seen")
         versions: dict[str, Any] = {}
         if self._seen:
-            versions["seen"] = _present(self._seen, document)
+            seen = _given(self._seen, document, needed=not statement.shape.makes_row)
+            versions |= {} if seen is None else {"seen": seen}
         if self._new:
-            versions["new"] = _present(self._new, document)
+            versions["new"] = _given(self._new, document)
         row = "\0".join([str(key[column]) for column in sorted(key)]) if key else statement.document
         return Expected(
             self,
@@ -215,16 +216,22 @@ def _named(columns: Sequence[str], flags: Sequence[bool]) -> frozenset[str]:
     return frozenset([column for column, flag in zip(columns, flags, strict=True) if flag])
 
 
-def _present(path: Path, document: Document) -> Any:
+def _given(path: Path, document: Document, *, needed: bool = True) -> Any:
+    """The version; None where it is not needed and not there."""
     value = path.get(document)
-    if value is ABSENT or value is None:
+    if value is not ABSENT and value is not None:
+        return value
+    if needed:
         raise Malformed(path.name, "yields null or nothing", expected="the version")
-    return value
+    return None
 
 
 def _version(column: str, which: str, table: tuple[str, str], comparison: str) -> sql.Composed:
-    """The row's version beside the event's, which PostgreSQL converts with the column's type."""
-    event = sql.SQL("json_build_object({name}::text, d.versions -> {which})")
+    """The row's version beside the event's, which PostgreSQL converts with the column's type; NULL for none."""
+    event = sql.SQL(
+        "CASE WHEN (d.versions -> {which}) IS NULL THEN '{{}}' "
+        "ELSE json_build_object({name}::text, d.versions -> {which}) END"
+    )
     converted = sql.SQL("(json_populate_record({empty}, {event})).{c}").format(
         empty=empty(table),
         event=event.format(name=sql.Literal(column), which=sql.Literal(which)),
