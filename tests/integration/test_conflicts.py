@@ -161,6 +161,16 @@ def test_a_delta_adds_what_the_new_system_added(shop: Database, applier: Applier
     assert kept(shop)[-1] == ("update_conflict", "rejected", "open")
 
 
+def test_a_delta_is_added_to_what_changed_alone(shop: Database, applier: Applier) -> None:
+    """What the new system added is no int, and need not be one where the row is as it was seen."""
+    made(shop, 1, 2)
+    shop.execute("UPDATE shop.orders SET quantity = -10; UPDATE shop.orders SET quantity = 0 WHERE id = 2")
+    sell = ruled("delta", before={"quantity": "detail.before.n"}, named={"set": {"quantity": "detail.n"}})
+    works = [work(sell, str(n), id=n, n=2147483640, before={"n": -10}) for n in (1, 2)]
+    assert outcomes(applier, works) == [APPLIED, ("dead_letter", "22003")]
+    assert [it[3] for it in rows(shop)] == [2147483640, 0]
+
+
 def test_an_expression_decides_a_column(shop: Database, applier: Applier) -> None:
     made(shop)
     shop.execute("UPDATE shop.orders SET quantity = 9, note = E'50 %\\u2028 \"x\"'")

@@ -243,5 +243,9 @@ def _version(column: str, which: str, table: tuple[str, str], comparison: str) -
 
 def _expression(column: str, expression: str) -> sql.Composable:
     if expression == _DELTA:
-        return sql.SQL(_DELTA).format(c=sql.Identifier(column))
+        # where nobody else changed it, it is what the event says, and no difference that the type cannot hold
+        moved, delta = _each("current", "before", [column]), sql.SQL(_DELTA).format(c=sql.Identifier(column))
+        return sql.SQL("CASE WHEN {moved} THEN {delta} ELSE new.{c} END").format(
+            moved=moved, delta=delta, c=sql.Identifier(column)
+        )
     return sql.SQL(expression)  # the file's own SQL, which is the point of it
