@@ -40,7 +40,8 @@ _NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::pg_catalog.text 
 # As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
 # base type (logicalrep_write_typ). Since 18 generated columns can be there, listed or by publish_generated_columns.
 _DESCRIBED: Final = """
-SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.text, p.publication IS NOT NULL, narrowed.filter,
+SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.text, p.publication IS NOT NULL,
+       narrowed.filter,
        (SELECT coalesce(json_agg(json_build_object(
                    'name', a.attname, 'type', a.atttypid::bigint, 'typmod', a.atttypmod,
                    'written', coalesce(base.written, format('%%I.%%I', tn.nspname, t.typname)), 'named', base.name
