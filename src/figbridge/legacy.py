@@ -212,7 +212,8 @@ def primary_key_of(connection: psycopg.Connection, schema: str, table: str) -> t
         JOIN pg_namespace n ON n.oid = c.relnamespace
         CROSS JOIN LATERAL unnest(i.indkey) WITH ORDINALITY AS k(attnum, position)
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum
-        WHERE i.indisprimary AND n.nspname = %s AND c.relname = %s
+        -- behind the key's own columns stand those of INCLUDE
+        WHERE i.indisprimary AND k.position <= i.indnkeyatts AND n.nspname = %s AND c.relname = %s
         ORDER BY k.position
         """,
         [schema, table],

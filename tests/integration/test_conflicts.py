@@ -254,6 +254,15 @@ def test_insert_exists(shop: Database, applier: Applier, policy: str, outcome: A
     assert len(kept(shop)) == 1
 
 
+def test_a_column_that_a_primary_key_only_includes_names_no_row(shop: Database, applier: Applier) -> None:
+    shop.execute("ALTER TABLE shop.orders DROP CONSTRAINT orders_pkey, ADD PRIMARY KEY (id) INCLUDE (note)")
+    made(shop)
+    insert = ruled("new_wins", "insert")
+    assert outcomes(applier, [work(insert, "1", id=1, status="paid", note="ours", n=6)]) == [APPLIED]
+    assert rows(shop) == [(1, "paid", "ours", 6)]
+    assert kept(shop) == [("insert_exists", "new", "decided")]
+
+
 @pytest.mark.parametrize("kind", ["a table", "a partitioned table"])
 def test_a_row_that_is_made_while_we_look_is_tried_again(shop: Database, applier: Applier, kind: str) -> None:
     if kind == "a partitioned table":

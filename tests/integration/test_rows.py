@@ -131,6 +131,18 @@ def test_the_replica_identity_decides_what_an_old_row_is(each_database: Database
     assert_replays(each_database, details, *tables)
 
 
+@pytest.mark.parametrize("identity", ["FULL", "DEFAULT", "USING INDEX kept_pkey"])
+def test_a_column_that_a_key_only_includes_is_none_of_it(database: Database, identity: str) -> None:
+    prepared(
+        database,
+        "CREATE TABLE kept (id int, note text, PRIMARY KEY (id) INCLUDE (note))",
+        f"ALTER TABLE kept REPLICA IDENTITY {identity}",
+    )
+    database.execute("INSERT INTO kept VALUES (1, 'a')")
+    database.execute("UPDATE kept SET note = 'b'")
+    assert [it["key"] for it in told(database)] == [{"id": 1}, {"id": 1}]
+
+
 def test_a_key_of_several_columns_in_an_order_of_its_own(each_database: Database) -> None:
     prepared(each_database, "CREATE TABLE pair (a int, b text, c int, PRIMARY KEY (c, a))")
     each_database.execute("INSERT INTO pair VALUES (1, 'x', 2)")

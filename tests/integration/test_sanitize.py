@@ -322,6 +322,12 @@ def test_check_says_what_leaves(each_database: Database) -> None:
     ]
 
 
+def test_a_column_that_a_key_only_includes_may_stay(database: Database) -> None:
+    database.execute("CREATE TABLE people (code text, note text, PRIMARY KEY (code) INCLUDE (note))")
+    found = report(database, {"select": [{"table": "public.people", "exclude": ["note"]}]})
+    assert found == [("ok", "leave as they are: code; stay: note")]
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [

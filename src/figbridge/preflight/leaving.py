@@ -78,7 +78,7 @@ def _columns(connection: psycopg.Connection, name: Name) -> tuple[list[str], lis
     """(the columns that a publication can carry, those of them that are the replica identity or the primary key)."""
     rows = connection.execute(
         """
-        SELECT a.attname::text, coalesce(a.attnum = ANY (i.indkey), false)
+        SELECT a.attname::text, coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
         FROM pg_attribute a
         JOIN pg_class c ON c.oid = a.attrelid
         JOIN pg_namespace n ON n.oid = c.relnamespace
