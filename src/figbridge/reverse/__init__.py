@@ -10,7 +10,7 @@
 consume.py      the loop: while a batch is applied, others are received and parsed; item.py: one delivery in it
 hands.py        the batches in hand, for consume.py
 message.py      bytes → event, exact to the last digit
-values.py       what a path yields: absent is not null
+values.py       what a path yields: absent is not null; exact.py: JMESPath without floats
 mapping.py      event → its key, its entity, its version, its statements
 statement.py    SQL, composed from the mapping alone; values are converted by PostgreSQL
 claim.py        the two statements on keys and versions

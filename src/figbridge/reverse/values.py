@@ -4,11 +4,11 @@ Why: JMESPath answers "null" and "nothing there" alike, and the difference is wh
 that only descends (names, and positions of lists) is compiled to a walk that tells `ABSENT` from None, which is also
 five times as fast. What any other expression yields counts as there.
 
-JMESPath's arithmetic functions know float only and refuse a number with a fraction; let PostgreSQL convert.
+Numbers stay exact in either, see `exact`.
 """
 
-import math
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from operator import itemgetter
 from typing import Any, Final, cast
 
@@ -16,6 +16,7 @@ import jmespath
 import jmespath.exceptions
 
 from figbridge.config import Value
+from figbridge.reverse import exact
 from figbridge.reverse.message import Malformed
 
 Document = dict[str, Any]
@@ -40,7 +41,7 @@ class Path:
 
     def __init__(self, expression: str, place: str) -> None:
         self.name = f"{expression} ({place})"
-        expressed = jmespath.compile(expression)
+        expressed = exact.parsed(expression)
         steps = _steps(cast("dict[str, Any]", expressed.parsed))
         # `get` yields ABSENT when the path leads nowhere, and raises Malformed when it cannot be evaluated
         self.get: Callable[[Document], Any] = _walk(steps) if steps else _search(expressed, self.name)
@@ -139,7 +140,7 @@ def _field(head: str, name: str) -> Callable[[Document], Any]:
 def _search(expression: Any, name: str) -> Callable[[Document], Any]:
     def search(document: Document) -> Any:
         try:
-            found = expression.search(document)
+            found = expression.search(document, exact.OPTIONS)
         # a function of JMESPath that is given what it cannot work with says so in any of these ways
         except (jmespath.exceptions.JMESPathError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
             raise Malformed(name, "cannot be evaluated", expected="values that its functions take") from error
@@ -151,8 +152,8 @@ def _search(expression: Any, name: str) -> Callable[[Document], Any]:
 
 
 def _finite(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
+    if isinstance(value, Decimal):
+        return value.is_finite()
     if isinstance(value, list):
         return all(map(_finite, value))
     return all(map(_finite, value.values())) if isinstance(value, dict) else True
