@@ -180,6 +180,17 @@ def test_id_and_key_may_be_elsewhere() -> None:
     assert verdict.reason == "malformed"
 
 
+@pytest.mark.parametrize("path", ["detail.one < detail.other", "ceil(detail.huge)", "sort(detail.list)"])
+def test_a_path_that_does_not_fit_the_values_is_the_event_s_fault(path: str) -> None:
+    body = message({"widget_id": "w", "one": 1, "other": "x", "list": [1, "x"]}).replace(
+        b'"one"', b'"huge":1e999,"one"'
+    )
+    verdict = judge(**{"event-id": path}).judge(body)
+    assert isinstance(verdict, Invalid)
+    assert verdict.reason == "malformed"
+    assert judge(key=path, unknown="forward").judge(body)
+
+
 # --- a batch
 
 

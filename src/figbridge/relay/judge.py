@@ -327,8 +327,8 @@ def _bytes(text: str) -> bytes:
 
 
 def _search(path: Any, parsed: _Parsed) -> Any:
-    """What a compiled JMESPath finds in the event; None also where a function of it does not fit the values."""
+    """What a compiled JMESPath finds in the event; None also where what it does with the values does not fit them."""
     try:
         return path.search(json.loads(parsed.text))
-    except ValueError:  # JMESPath's errors are
+    except (ArithmeticError, RecursionError, TypeError, ValueError):  # JMESPath's own are ValueErrors
         return None
