@@ -4,14 +4,18 @@ import json
 import random
 from collections.abc import Iterator
 from contextlib import closing
+from decimal import Decimal
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from figbridge.metrics import Metrics
 from figbridge.reverse.apply import Applier
-from figbridge.reverse.mapping import Work
+from figbridge.reverse.drift import Drift
+from figbridge.reverse.mapping import Mappings, Work
+from figbridge.reverse.message import parse, write
 from figbridge.reverse.outcome import Applied
 from fixtures.postgres import Database
 from fixtures.reverse import count, make_shop, mapping, orders, work
@@ -289,6 +293,81 @@ def test_a_version_stops_what_is_late_even_without_its_key(shop: Database, appli
     assert orders(shop) == []
     assert outcomes(applier, [work(upsert, "5", id=1, status="again", **at("1/1"))]) == [APPLIED]
     assert orders(shop) == [(1, "again")]
+
+
+UUID = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("uuid", [UUID, UUID.upper(), UUID.replace("-", ""), f"{{{UUID}}}"], UUID),
+        ("numeric", [42, "42", Decimal("42.0"), Decimal("4.2e1"), " 42 ", "42."], "42"),
+        ("numeric", ["-0.50", Decimal("-0.5"), "-5e-1"], "-0.5"),
+        ("numeric", [0, "-0", Decimal("0.00"), "0e-9"], "0"),
+        ("numeric(8, 2)", [Decimal("42.005"), Decimal("42.01"), "42.0149"], "42.01"),
+        ("numeric(8, 2)", [Decimal("-0.005"), "-0.01"], "-0.01"),
+        ("numeric(8, 2)", [Decimal("0.004"), 0], "0"),
+        ("float8", [42, Decimal("42.0"), "4.2e1"], "42"),
+        ("int8", [42, "42", "042", " +42 "], "42"),
+        ("char(4)", ["ab", "ab ", "ab   "], "ab"),
+        ("shop.code", [" 42", Decimal("42.04"), "42"], "42"),
+        ("text", ["ab"], "ab"),
+    ],
+)
+@pytest.mark.parametrize("action", ["upsert", "insert"])
+def test_a_key_is_one_entity_however_it_is_written(
+    shop: Database, applier: Applier, case: tuple[str, list[Any], str], action: str
+) -> None:
+    declared, written, kept = case
+    shop.execute(
+        "CREATE DOMAIN shop.price AS numeric(8, 1); CREATE DOMAIN shop.code AS shop.price;"
+        f"CREATE TABLE shop.keyed (id {declared}, part {declared}, status text, PRIMARY KEY (id, part));"
+        f"CREATE TABLE shop.named (id {declared} PRIMARY KEY, status text)"
+    )
+    columns: list[dict[str, Any]] = [{"id": "detail.id"}, {"id": "detail.id", "part": "detail.part"}]
+    one, both = (
+        {"key": key, "set": {"status": "detail.status"}}
+        if action == "upsert"
+        else {"key": None, "set": {**key, "status": "detail.status"}, "conflicts": {"policy": "new_wins"}}
+        for key in columns
+    )
+    simple = mapping(action, into="shop.named", version="detail.v", **one)
+    composite = mapping(action, into="shop.keyed", version="detail.v", **both)
+    mappings = Mappings([])
+    mappings.all.extend([simple, composite])
+    Drift(applier.connection, mappings, Metrics()).look()
+    for of in (simple, composite):
+        works = [
+            of.prepare(parse(
+                f'{{"id":"{number}","source":"shop.next","detail-type":"order","detail":'
+                f'{write({"id": value, "part": value, "status": str(number), "v": 99 - number}, "detail")}}}'.encode()
+            ))
+            for number, value in enumerate(written, 10 if of is simple else 30)
+        ]  # fmt: skip
+        assert outcomes(applier, works) == [APPLIED] + [("ignored", "stale_version")] * (len(written) - 1)
+    assert shop.execute("SELECT status FROM shop.named UNION ALL SELECT status FROM shop.keyed") == [("10",), ("30",)]
+    assert shop.execute("SELECT identity FROM figbridge.entity_version ORDER BY scope DESC") == [
+        (kept,),
+        (json.dumps([kept, kept], separators=(",", ":")),),
+    ]
+
+
+@pytest.mark.parametrize("declared", ["uuid", "numeric", "numeric(8, 2)", "int8", "float8", "char(4)"])
+@pytest.mark.parametrize(
+    "value", ["", "x", "1e400000", "1e300000000", "1e-300000000", "0e-300000000", "NaN", "9" * 5000]
+)
+def test_a_key_that_is_no_value_of_its_type_is_for_the_server(
+    shop: Database, applier: Applier, declared: str, value: str
+) -> None:
+    shop.execute(f"CREATE TABLE shop.named (id {declared} PRIMARY KEY, status text)")
+    mappings = Mappings([])
+    mappings.all.append(mapping(into="shop.named", set={"status": "detail.status"}, version="detail.v"))
+    Drift(applier.connection, mappings, Metrics()).look()
+    event = work(mappings.all[0], "1", id=value, status="a", v=1)
+    applied = applier.apply_all([event])[event]
+    known = shop.execute("SELECT count(*) FROM shop.named")[0][0]
+    assert (applied.outcome.value == "applied") == bool(known)
 
 
 def test_a_version_of_an_event_that_waits_is_not_kept(shop: Database, applier: Applier) -> None:

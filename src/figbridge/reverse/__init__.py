@@ -11,7 +11,7 @@ consume.py      the loop: while a batch is applied, others are received and pars
 hands.py        the batches in hand, for consume.py
 message.py      bytes → event, exact to the last digit
 values.py       what a path yields: absent is not null; exact.py: JMESPath without floats
-mapping.py      event → its key, its entity, its version, its statements
+mapping.py      event → its key, its entity, its version, its statements; spelling.py: one spelling of a key
 statement.py    SQL, composed from the mapping alone; values are converted by PostgreSQL
 claim.py        the two statements on keys and versions
 transaction.py  one transaction of a batch, step by step; express.py: the same, sent at once, in hope

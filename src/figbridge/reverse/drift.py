@@ -15,6 +15,7 @@ import structlog
 from figbridge import legacy
 from figbridge.metrics import Metrics
 from figbridge.preflight import reverse
+from figbridge.reverse import spelling
 from figbridge.reverse.mapping import Mapping, Mappings
 from figbridge.reverse.outcome import unavailable
 
@@ -25,13 +26,13 @@ _PAUSE: Final = 10.0  # seconds between two looks
 _FINGERPRINT: Final = """
     SELECT md5(string_agg(t.found::text, '|' ORDER BY t.found::text))
     FROM (
-        SELECT (c.oid, c.relkind, c.relacl, a.attname, a.atttypid, a.attnotnull, a.atthasdef, a.attidentity,
-                a.attgenerated, a.attacl) AS found
+        SELECT (c.oid, c.relkind, c.relacl, a.attname, a.atttypid, a.atttypmod, a.attnotnull, a.atthasdef,
+                a.attidentity, a.attgenerated, a.attacl) AS found
         FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
         WHERE (n.nspname, c.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
         UNION ALL
-        SELECT (i.indexrelid, i.indisunique, i.indisvalid, i.indkey::text, '', '', '', '', '', '')
+        SELECT (i.indexrelid, i.indisunique, i.indisvalid, i.indkey::text, '', '', '', '', '', '', '')
         FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE (n.nspname, c.relname) IN (SELECT * FROM unnest($1::text[], $2::text[]))
     ) AS t
@@ -89,4 +90,5 @@ class Drift:
         mapping.broken = broken
         if mapping.tables:
             mapping.primary_key = legacy.primary_key_of(connection, *mapping.tables[0])
+            mapping.spelling = spelling.of_table(connection, *mapping.tables[0])
         self._metrics.broken_mappings.set(sum(it.broken is not None for it in self._mappings.all))

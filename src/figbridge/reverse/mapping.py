@@ -6,11 +6,12 @@ Rules, and what they refuse:
   (`Malformed`): a row that is not named cannot be meant.
 * A ``set`` path that yields null writes NULL; one that leads nowhere leaves the column alone (an insert: its default),
   so absent, null and unchanged are three things. A figbridge event's ``unchanged`` columns are absent in ``after``.
-* 42 and "42" are one key, because PostgreSQL converts both with the column's type.
+* 42 and "42" are one key, because PostgreSQL converts both with the column's type; see `figbridge.reverse.spelling`.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Final
@@ -22,6 +23,7 @@ from figbridge.errors import ConfigError, Problem
 from figbridge.event import Named, Received
 from figbridge.reverse.message import Malformed, hops, payload_hash, storable, write
 from figbridge.reverse.policy import Expected, Policy
+from figbridge.reverse.spelling import Spell, spelled
 from figbridge.reverse.statement import Action, Free, Shape, Statement
 from figbridge.reverse.values import ABSENT, Document, Fields, Path, compiled
 
@@ -215,6 +217,8 @@ class Mapping:
         self._entity = Path(section.entity, "entity") if section.entity is not None else None
         # of the table of the first statement; an insert is known by it, see `figbridge.reverse.drift`
         self.primary_key: tuple[str, ...] = ()
+        # of that table's columns, so that a key is one entity however it is written
+        self.spelling: MappingOf[str, Spell] = {}
         # why it cannot be used as the tables are, None when it can
         self.broken: str | None = None
         self.deletes = isinstance(first, _Row) and first.action in {"delete", "soft"}
@@ -273,30 +277,22 @@ class Mapping:
     def _identity(self, event: Received, key: Sequence[Any]) -> str:
         if self._entity is not None:
             return _name(self._entity, event.document, "names nothing")
-        if len(key) == 1:
-            return _spelled(key[0])
         if key:
             values = dict(zip(self.section.parts[0].key, key, strict=True))
         elif self._first and self.primary_key:
             values = self._first.columns(event.document, self.primary_key)
         else:
             values = {}
-        if len(values) == 1:
-            (value,) = values.values()
-            return _spelled(value)
         if not values:
             return f"event {event.id}"  # nothing else can mean it
-        return write([_text(values[column], column) for column in sorted(values)], "the key")
+        texts = [spelled(self.spelling, column, str(_text(values[column], column))) for column in sorted(values)]
+        return texts[0] if len(texts) == 1 else write(texts, "the key")
 
 
 def _part(section: StatementSection, version: str | None) -> _Row | _Sql | _Call:
     if section.into is not None:
         return _Row(section, version)
     return _Sql(section) if section.sql is not None else _Call(section)
-
-
-def _spelled(value: Any) -> str:
-    return str(value) if type(value) is int else str(_text(value, "key"))
 
 
 def _text(value: Any, field: str) -> str | None:
