@@ -142,6 +142,21 @@ def test_events_that_wait_for_another_one_are_applied_after_it(legacy: Database,
     bus.close()
 
 
+def test_a_transaction_takes_no_more_than_a_message_to_the_server_may_have(
+    legacy: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("figbridge.reverse.item._MOST", 1000)
+    path, notes = tmp_path / "bus.sqlite", [400, 400, 400, 5000, 5000, 10, 10, 900]
+    bus = LocalSink(path)
+    bus.publish([event(number, "made", id=number, note="x" * size) for number, size in enumerate(notes)])
+    with Running(legacy, LocalSource(path, subscriber="s")) as running:
+        until(lambda: running.outcome("applied") == len(notes), 30, running.all)
+    assert [len(note) for _, _, note in rows(legacy)] == notes
+    together = legacy.execute("SELECT array_agg(event_id ORDER BY event_id) FROM figbridge.inbox GROUP BY xmin::text")
+    assert sorted(ids for (ids,) in together) == [["e-0", "e-1"], ["e-2"], ["e-3"], ["e-4"], ["e-5", "e-6", "e-7"]]
+    bus.close()
+
+
 def test_what_is_ignored_is_counted_by_its_reason(legacy: Database, tmp_path: Path) -> None:
     path = tmp_path / "bus.sqlite"
     bus = LocalSink(path)

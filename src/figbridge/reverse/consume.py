@@ -42,7 +42,7 @@ from figbridge.retry import Stopped, persist
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
 from figbridge.reverse.hands import Hand, Hands
-from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, letter, tell
+from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, cut, letter, tell
 from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
 from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome
@@ -203,10 +203,8 @@ class Consumer:
 
     def _parts(self, items: Sequence[Item]) -> list[Part]:
         """What can be applied, a transaction each. Made where the events were read: they are at hand there."""
-        todo = [item for item in items if item.work is not None]
         parts = []
-        for begin in range(0, len(todo), self._batch_size):
-            chosen = todo[begin : begin + self._batch_size]
+        for chosen in cut(items, self._batch_size):
             works = [item.work for item in chosen if item.work is not None]
             first = all(item.delivery.attempts == 1 for item in chosen)
             parcel = self._applier.parcel(works, alone=not self._parked) if first else None

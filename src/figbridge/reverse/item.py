@@ -1,5 +1,6 @@
 """One delivery on its way through the reverse path, and the words on it: in the log, and in a dead letter."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,11 +13,13 @@ from figbridge.reverse.mapping import Mapping, Work
 from figbridge.reverse.message import Enveloping, parse
 from figbridge.reverse.outcome import MAPPING_BROKEN, Applied, Outcome
 from figbridge.reverse.park import Parked
+from figbridge.reverse.statement import Free, Statement
 from figbridge.transports import Delivery
 
 _log = structlog.get_logger()
 
 UNMAPPED: Final = Applied(Outcome.IGNORED, "unmapped")
+_MOST: Final = 64 * 1024 * 1024  # characters of a transaction's values, unless one event has more
 NOBODYS: Final = Applied(Outcome.DEAD_LETTER, "unmapped", "no mapping is for its source and detail-type")
 
 
@@ -44,6 +47,32 @@ class Part:
     first: bool
     parcel: Parcel | None
     behind: Parcel | None = None
+
+
+def cut(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
+    """Those of `items` that have a work, for a transaction each: at most `most`, and no more than one statement takes.
+
+    The events of one statement are one JSON array, and the server drops the connection at a message of 1 GB.
+    """
+    part: list[Item] = []
+    size = 0
+    for item in items:
+        if item.work is None:
+            continue
+        own = sum([_size(it) for it in item.work.statements])
+        if part and (len(part) == most or size + own > _MOST):
+            yield part
+            part, size = [], 0
+        part.append(item)
+        size += own
+    if part:
+        yield part
+
+
+def _size(statement: Statement | Free) -> int:
+    if isinstance(statement, Statement):
+        return len(statement.document)
+    return sum([len(it) for it in statement.parameters.values() if it is not None])
 
 
 def broken(mapping: Mapping) -> Applied:
