@@ -295,6 +295,22 @@ def test_a_version_stops_what_is_late_even_without_its_key(shop: Database, appli
     assert orders(shop) == [(1, "again")]
 
 
+@pytest.mark.parametrize("conflicts", [None, {"policy": "new_wins"}])
+def test_an_insert_that_names_no_column_is_a_row_of_defaults(shop: Database, applier: Applier, conflicts: Any) -> None:
+    shop.execute("CREATE TABLE shop.drafts (id serial PRIMARY KEY, status text DEFAULT 'draft')")
+    insert = mapping("insert", into="shop.drafts", key=None, set={"status": "detail.status"}, conflicts=conflicts)
+    works = [work(insert, "1"), work(insert, "2"), work(insert, "3", status="paid"), work(insert, "4", status=None)]
+    assert outcomes(applier, works) == [APPLIED] * 4
+    assert outcomes(applier, [work(insert, "5"), work(insert, "2")]) == [APPLIED, ("duplicate", "")]
+    assert [status for (status,) in shop.execute("SELECT status FROM shop.drafts ORDER BY id")] == [
+        "draft",
+        "draft",
+        "paid",
+        None,
+        "draft",
+    ]
+
+
 UUID = "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"
 
 

@@ -36,6 +36,8 @@ _INSERT: Final = sql.SQL(
     "INSERT INTO {table} AS t ({columns}) OVERRIDING SYSTEM VALUE SELECT {values} "
     "FROM json_populate_recordset({empty}, $1::json) AS r"
 )
+# An insert that names no column: one row, whose document is not needed, but sent as with any other.
+_DEFAULTS: Final = sql.SQL("WITH d AS (SELECT $1::json) INSERT INTO {table} DEFAULT VALUES")
 _UPDATE: Final = sql.SQL("UPDATE {table} AS t SET {assignments} FROM {rows} WHERE {row} RETURNING d.number")
 _DELETE: Final = sql.SQL("DELETE FROM {table} AS t USING {rows} WHERE {row} RETURNING d.number")
 # An update that leaves every column alone still has to find its row.
@@ -55,6 +57,11 @@ class Shape:
     def finds(self) -> bool:
         """Whether the statement returns the numbers of the documents that found their row."""
         return self.action in {"update", "delete", "soft"}
+
+    @property
+    def single(self) -> bool:
+        """Whether the statement takes one document only."""
+        return self.action == "insert" and not self.key and not self.columns
 
     @property
     def makes_row(self) -> bool:
@@ -89,7 +96,7 @@ class Free:
 
 @functools.lru_cache(maxsize=4096)
 def compose(shape: Shape) -> bytes:
-    """The SQL of `shape`; its parameter ``$1`` is a JSON array."""
+    """The SQL of `shape`; its parameter ``$1`` is a JSON array, of one document where the shape is `single`."""
     name = sql.Identifier(*shape.table)
     record = empty(shape.table)
     rows = _ROWS.format(empty=record)
@@ -103,6 +110,8 @@ def compose(shape: Shape) -> bytes:
     if shape.action == "delete":
         return _DELETE.format(table=name, rows=rows, row=row).as_bytes(None)
     written = key + columns
+    if not written:
+        return _DEFAULTS.format(table=name).as_bytes(None)
     values = _each("r.{c}", written, ", ")
     insert = _INSERT.format(table=name, empty=record, columns=_each("{c}", written, ", "), values=values)
     if shape.action == "insert":

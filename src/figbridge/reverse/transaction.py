@@ -237,8 +237,9 @@ class _Group:
             # rows are locked in the order of the documents, so that two batches meet at the first row they share;
             # an insert keeps the events' order, by which the table numbers its rows
             works = sorted(self.works, key=_identity) if shape.action in _SORTED else self.works
-            documents = [work.statements[part].document for work in works]  # type: ignore[union-attr]  # it has shapes
-            yield compose(shape), [f"[{','.join(documents)}]"], shape, works
+            for members in [[work] for work in works] if shape.single else [works]:
+                documents = [work.statements[part].document for work in members]  # type: ignore[union-attr]  # it has shapes
+                yield compose(shape), [f"[{','.join(documents)}]"], shape, members
 
 
 def _identity(work: Work) -> str:
