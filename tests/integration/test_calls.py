@@ -22,7 +22,8 @@ def order(event):
     detail = event["detail"]
     for line in detail["lines"]:
         sql = "INSERT INTO shop.orders (id, status, quantity) VALUES (%(id)s, %(status)s, %(n)s)"
-        yield sql, {"id": line, "status": event["id"], "n": 2 // detail["share"]}
+        share = float("inf") if detail["share"] > 2 else 2 // detail["share"]
+        yield sql, {"id": line, "status": event["id"], "n": share}
     if "raw" in detail:
         yield detail["raw"], {}
 
@@ -84,6 +85,7 @@ def test_its_statements_run_with_the_others_in_one_transaction(shop: Database) -
         ({"lines": ["many"], "share": 1}, "22P02", "invalid input syntax"),
         ({"lines": [1], "share": 1, "raw": "SELECT 1; ROLLBACK"}, "malformed", "contains ROLLBACK"),
         ({"lines": [1], "share": 1, "raw": "COPY shop.orders FROM STDIN"}, "malformed", "contains a COPY"),
+        ({"lines": [1], "share": 3}, "malformed", "returned a number that JSON has not"),
     ],
 )
 def test_what_it_cannot_do_is_a_dead_letter_and_its_neighbours_are_applied(

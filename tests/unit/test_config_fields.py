@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import yaml
 
 from figbridge.config import MappingSection, split_table
 from fixtures.configured import LEGACY, MAPPING, mapping, parse, problems, reverse, tree
@@ -160,6 +161,22 @@ def test_a_column_is_either_found_by_or_written() -> None:
     content = reverse(mapping(action="update", key={"id": "detail.id"}, set={"id": "detail.id", "a": "detail.a"}))
 
     assert problems(content)["reverse.mappings.0"].what == "columns both in key and in set: id"
+
+
+@pytest.mark.parametrize(
+    "given", ["{value: .inf}", "{value: [{a: -.inf}]}", "{path: detail.n, default: .nan}", "{value: 1.0e+400}"]
+)
+def test_a_constant_is_a_number_that_json_has(given: str) -> None:
+    value = yaml.safe_load(given)
+    for content in (
+        mapping(set={"n": value}),
+        mapping(action="delete", key={"id": "detail.id"}, set=None, soft={"n": value}),
+        mapping(into=None, action=None, set=None, sql="SELECT %(n)s", **{"with": {"n": value}}),
+    ):
+        (problem,) = problems(reverse(content)).values()
+        assert problem.what == "has a number that JSON has not"
+        assert "'Infinity'" in problem.remedy
+    parse(reverse(mapping(set={"n": {"value": "Infinity"}, "m": {"value": [1.5, None]}})))
 
 
 def test_a_column_has_a_name() -> None:

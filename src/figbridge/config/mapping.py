@@ -1,5 +1,6 @@
 """A mapping of the file: one kind of event → the statements that it becomes, in one transaction."""
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, Self
@@ -38,11 +39,26 @@ def _value(given: object) -> Value:
         raise ValueError(f"has the unknown key {', '.join(unknown)}; there are path, default and value")
     if ("path" in given) == ("value" in given) or ("value" in given and "default" in given):
         raise ValueError("wants either path, perhaps with default, or value; leave the other out")
+    if not _finite([given.get("value"), given.get("default")]):
+        raise ValueError(
+            "has a number that JSON has not; give it as a text: 'Infinity', '-Infinity' or 'NaN' in quotes"
+        )
     if "value" in given:
         return Value(None, constant=given["value"])
     if not isinstance(given["path"], str):
         raise ValueError("has a path that is not a text; put it in quotes")  # noqa: TRY004 (see above)
     return Value(check_path(given["path"]), has_default="default" in given, default=given.get("default"))
+
+
+def _finite(value: object) -> bool:
+    match value:
+        case float():
+            return math.isfinite(value)
+        case list():
+            return all(map(_finite, value))
+        case dict():
+            return all(map(_finite, value.values()))
+    return True
 
 
 def _written(value: Value) -> Any:

@@ -25,7 +25,7 @@ from figbridge.reverse.message import Malformed, hops, payload_hash, storable, w
 from figbridge.reverse.policy import Expected, Policy
 from figbridge.reverse.spelling import Spell, spelled
 from figbridge.reverse.statement import Action, Free, Shape, Statement
-from figbridge.reverse.values import ABSENT, Document, Fields, Path, compiled
+from figbridge.reverse.values import ABSENT, Document, Fields, Path, compiled, finite
 
 ENTRY_POINTS: Final = "figbridge.statements"
 _LONGEST: Final = 500  # characters of an identity; a longer one is known by its hash, which an index can hold
@@ -193,6 +193,10 @@ class _Call:
             raise Malformed(f"call {self._name}", f"returned {type(query).__name__} for SQL", expected="a string")
         if wrong := own_sql.refused(query):
             raise Malformed(f"call {self._name}", f"returned SQL that {wrong[0]}", expected=wrong[1])
+        if not finite(values):
+            raise Malformed(
+                f"call {self._name}", "returned a number that JSON has not", expected="a text such as 'NaN'"
+            )
         return Free(query, {name: _text(value, self._name) for name, value in values.items()})
 
 

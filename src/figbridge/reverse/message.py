@@ -220,8 +220,8 @@ def _kind(value: object) -> str:
 def write(value: Any, field: str, *, canonical: bool = False) -> str:
     """JSON in ASCII, so that no client encoding can spoil it; `canonical` sorts the keys. Raises Malformed.
 
-    `field` is what the error names. Floats that JSON has not must not be nested in `value`; JMESPath's functions alone
-    make any, see `figbridge.reverse.values`.
+    `field` is what the error names. A float that JSON has not must not be in `value`: it would be null. See
+    `figbridge.reverse.values.finite`.
     """
     try:
         written = (_SORTED if canonical else _PLAIN).encode(value)
@@ -256,6 +256,6 @@ def _write(value: Any, canonical: bool) -> str:
             return json.dumps(value)
         case int() | Decimal():
             return str(value)
-        case float() if math.isfinite(value):  # only JMESPath's functions make floats
+        case float() if math.isfinite(value):  # only the file and Python callables bring floats
             return repr(value)
     raise ValueError(f"holds a {type(value).__name__} that JSON has not")

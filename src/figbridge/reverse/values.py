@@ -7,6 +7,7 @@ five times as fast. What any other expression yields counts as there.
 Numbers stay exact in either, see `exact`.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from operator import itemgetter
@@ -144,16 +145,19 @@ def _search(expression: Any, name: str) -> Callable[[Document], Any]:
         # a function of JMESPath that is given what it cannot work with says so in any of these ways
         except (jmespath.exceptions.JMESPathError, ArithmeticError, RecursionError, TypeError, ValueError) as error:
             raise Malformed(name, "cannot be evaluated", expected="values that its functions take") from error
-        if not _finite(found):
+        if not finite(found):
             raise Malformed(name, "yields a number that JSON has not", expected="a finite number")
         return found
 
     return search
 
 
-def _finite(value: Any) -> bool:
+def finite(value: Any) -> bool:
+    """Whether JSON has every number in `value`."""
     if isinstance(value, Decimal):
         return value.is_finite()
+    if isinstance(value, float):
+        return math.isfinite(value)
     if isinstance(value, list):
-        return all(map(_finite, value))
-    return all(map(_finite, value.values())) if isinstance(value, dict) else True
+        return all(map(finite, value))
+    return all(map(finite, value.values())) if isinstance(value, dict) else True
