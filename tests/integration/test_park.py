@@ -266,6 +266,19 @@ def test_a_mapping_that_is_broken_at_the_start_fails_alone(shop: Database, tmp_p
     assert shop.execute("SELECT event_id, reason FROM figbridge.dead_letter") == [("1", "mapping_broken")]
 
 
+def test_a_mapping_that_a_rule_of_its_table_forbids_comes_back_without_it(shop: Database, tmp_path: Path) -> None:
+    shop.execute("CREATE RULE told AS ON INSERT TO shop.orders DO ALSO NOTIFY told")
+    with Bridge(shop, tmp_path / "bus.sqlite") as bridge:
+        bridge.send("1", "order", id=1, status="a")
+        bridge.until(dead_letter=1)
+        shop.execute("DROP RULE told ON shop.orders")
+        bridge.drift.hurry()
+        until(lambda: bridge.metrics.registry.get_sample_value("figbridge_reverse_broken_mappings") == 0, 20)
+        bridge.send("2", "order", id=2, status="a")
+        bridge.until(applied=1, dead_letter=1)
+    assert shop.execute("SELECT event_id, reason FROM figbridge.dead_letter") == [("1", "mapping_broken")]
+
+
 def test_old_conflicts_are_purged_unless_they_are_open(shop: Database) -> None:
     shop.execute("""
         INSERT INTO figbridge.conflict (source, idempotency_key, event_id, scope, identity, kind, decision, state,

@@ -81,6 +81,59 @@ def test_a_mapping_that_does_not_fit_stands_in_nobodys_way(shop: Database) -> No
     assert [it.where for it in findings if it.level == "error"] == ["reverse.mappings.0.set.stauts"]
 
 
+REWRITTEN = """
+    CREATE VIEW shop.sums AS SELECT status, sum(total) AS total FROM shop.orders GROUP BY status;
+    CREATE VIEW shop.handled AS SELECT id, upper(status) AS status FROM shop.orders;
+    CREATE FUNCTION shop.handle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+    CREATE TRIGGER handle INSTEAD OF INSERT OR UPDATE ON shop.handled FOR EACH ROW EXECUTE FUNCTION shop.handle();
+    CREATE TABLE shop.told (id int PRIMARY KEY, status text); CREATE TABLE shop.shut (LIKE shop.told INCLUDING ALL);
+    CREATE RULE told AS ON INSERT TO shop.told DO ALSO NOTIFY told;
+    CREATE RULE kept AS ON UPDATE TO shop.shut DO INSTEAD NOTHING;
+    CREATE RULE stays AS ON DELETE TO shop.shut DO INSTEAD NOTHING;
+"""
+RULED = {"policy": "new_wins", "before": {"status": "detail.was"}}
+
+
+@pytest.mark.parametrize(
+    ("columns", "conflicts", "refused"),
+    [
+        (("shop.sums", "update", ["status"], ["total"]), None, ["update"]),
+        (("shop.sums", "insert", [], ["total"]), None, ["insert into"]),
+        (("shop.handled", "upsert", ["id"], ["status"]), None, ["upsert"]),
+        (("shop.handled", "upsert", ["id"], []), None, ["upsert"]),
+        (("shop.handled", "upsert", ["id"], ["status"]), RULED, []),
+        (("shop.handled", "insert", [], ["id", "status"]), None, []),
+        (("shop.handled", "update", ["id"], ["status"]), None, []),
+        (("shop.handled", "delete", ["id"]), None, []),  # of a view that needs no trigger for it
+        (("shop.told", "upsert", ["id"], ["status"]), None, ["upsert"]),
+        (("shop.told", "insert", [], ["id", "status"]), None, []),
+        (("shop.shut", "update", ["id"], ["status"]), None, ["update"]),
+        (("shop.shut", "update", ["id"], ["status"]), RULED, ["update"]),
+        (("shop.shut", "delete", ["id"]), None, ["delete from"]),
+        (("shop.overview", "upsert", ["id"], ["status"]), None, []),
+        (("shop.overview", "upsert", ["status"], ["id"]), None, ["upsert"]),
+    ],
+)
+def test_a_view_or_a_rule_that_the_server_cannot_write_through(
+    shop: Database, columns: tuple[Any, ...], conflicts: Any, refused: list[str]
+) -> None:
+    shop.execute(REWRITTEN)
+    tree = mapping(*columns) | ({"conflicts": conflicts} if conflicts else {})
+    found = mapped(shop, tree)
+    errors = [it.what for it in found if it.level == "error"]
+    assert [what.partition(f" {columns[0]}: ")[0] for what in errors] == [
+        f"the server refuses to {it}" for it in refused
+    ]
+    row = {"id": 1, "status": "new", "total": 5, "was": "new"}
+    received = Received("1", "shop.next", "x", {"id": "1", "source": "shop.next", "detail-type": "x", "detail": row})
+    shop.execute("INSERT INTO shop.orders (id, status) VALUES (1, 'new'); INSERT INTO shop.shut VALUES (1, 'old')")
+    work = Mapping(MappingSection.model_validate(tree)).prepare(received)
+    with contextlib.closing(Applier(shop.dsn, statement_timeout=10, lock_timeout=1)) as applier:
+        applied = applier.apply_all([work])[work]
+    codes = {"0A000", "42P10", "55000"}
+    assert (applied.reason in codes) == bool(refused), applied
+
+
 def test_what_is_misspelt_is_guessed(shop: Database) -> None:
     found = mapped(shop, mapping("shop.orders", "update", ["id"], ["stauts"]))
     assert found.only("error", "reverse.mappings.0.set.stauts").remedy == "did you mean 'status'?"

@@ -13,7 +13,7 @@ from psycopg.rows import class_row
 
 from figbridge import canary, legacy
 from figbridge.config import Config, MappingSection, StatementSection, split_table
-from figbridge.preflight import catalogue, conflict, dryrun
+from figbridge.preflight import catalogue, conflict, dryrun, rewritten
 from figbridge.preflight.catalogue import Name, Table, quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
 from figbridge.preflight.own import OWN, own_tables
@@ -89,6 +89,8 @@ def inspect(connection: psycopg.Connection, index: int, mapping: MappingSection)
         name = split_table(part.into)
         table = catalogue.tables(connection, [name]).get(name)
         findings = [*_mapping(connection, place, part, table)] if table else [missing(connection, name, place)]
+        if table and not any(it.level == "error" for it in findings):
+            findings += rewritten.probe(connection, place, part, table)
         yield from findings or [ok(place, f"{part.action} {table} fits the table")]
 
 

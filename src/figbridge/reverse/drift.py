@@ -54,6 +54,8 @@ class Drift:
     def look(self) -> None:
         """See whether the tables are as they were; if not, which mappings fit. Raises LegacyUnavailable, BridgeError.
 
+        Those that did not fit are looked at in any case.
+
         At most every ten seconds, and after `hurry`.
         """
         if not self.due:
@@ -62,10 +64,10 @@ class Drift:
             connection = self._connection()
             row = psycopg.RawCursor(connection).execute(_FINGERPRINT, self._names).fetchone()
             seen = str(row[0]) if row else ""
-            if seen != self._seen:
-                for index, mapping in enumerate(self._mappings.all):
+            for index, mapping in enumerate(self._mappings.all):
+                if seen != self._seen or mapping.broken:  # what mends one need not show in the fingerprint
                     self._judge(connection, index, mapping)
-                self._seen = seen
+            self._seen = seen
         except psycopg.Error as error:
             raise unavailable(error) from error
         self._look_at = time.monotonic() + _PAUSE
