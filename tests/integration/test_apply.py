@@ -172,6 +172,16 @@ def test_an_identity_column_takes_the_new_systems_value_where_the_mapping_names_
     assert shop.execute("SELECT * FROM shop.tickets ORDER BY id") == [(1, "b"), (77, "a")]
 
 
+def test_a_negative_zero_is_one_where_the_column_knows_it(shop: Database, make: Make) -> None:
+    shop.execute("CREATE TABLE shop.zeros (id int PRIMARY KEY, whole bigint, exact numeric, double float8, note text)")
+    columns = dict.fromkeys(("whole", "exact", "double", "note"), "detail.zero")
+    insert = mapping("insert", "shop.zeros", set={"id": "detail.zero", **columns})
+    assert make(shop).apply(event('{"zero": -0}'), insert).outcome is Outcome.APPLIED
+    assert shop.execute("SELECT id, whole, exact::text, double::text, note FROM shop.zeros") == [
+        (0, 0, "0", "-0", "-0")
+    ]
+
+
 FORTY_DIGITS = "1234567890123456789012345678901234567.890"
 
 

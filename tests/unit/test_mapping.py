@@ -148,7 +148,7 @@ def test_every_digit_of_a_number_reaches_the_document(digits: str) -> None:
 
 def _same_digits(digits: str) -> str:
     """Decimal writes a small number with an exponent: 0E-7 for 0.0000000. Equal, and with the same scale."""
-    return str(int(digits)) if "." not in digits else str(Decimal(digits))
+    return str(Decimal(digits))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from figbridge.config import MappingSection
 from figbridge.event import Received
 from figbridge.reverse import message
 from figbridge.reverse.mapping import Mapping
-from figbridge.reverse.message import Malformed, parse
+from figbridge.reverse.message import Malformed, parse, write
 
 ENVELOPE = '{"id": "e-1", "source": "shop", "detail-type": "order", "detail": %s}'
 DIGITS = st.one_of(
@@ -65,10 +65,18 @@ def test_a_damaged_message_is_never_read_as_something_else(junk: bytes, place: i
     body = (ENVELOPE % '{"a": [1.50, -0, 1e5, "\\u00e9\\n"], "b": {"é": null, "c": true}}').encode()
     body = body[:place] + junk + body[place + removed :]
     try:
-        found = typed(message._FAST.decode(body))
+        found = typed(message._quickly(body))
     except Exception:  # noqa: BLE001 (as `parse` does)
         return  # then the exact decoder decides
     assert not isinstance(found, dict) or found == exact(body)
+
+
+@pytest.mark.parametrize("number", ["-0", "-0.0", "-0e1"])
+@pytest.mark.parametrize("around", ["%s", "[%s, 1]", '{"n":%s}', "[1,\n%s\t]"])
+def test_a_negative_zero_keeps_its_sign(number: str, around: str) -> None:
+    value = around % number
+    received = parse((ENVELOPE % f'{{"n": {value}}}').encode())
+    assert write(received.document["detail"]["n"], "n") == "".join(value.replace("-0e1", "-0E+1").split())
 
 
 def test_a_fraction_keeps_its_digits_and_a_repeated_name_its_last_value() -> None:

@@ -3,9 +3,9 @@
 Invariant: numbers are read as int and Decimal and written as their exact digits, however many there are.
 
 Reading and writing are on the hot path. msgspec does both: it hands over the digits of 12.50, which orjson would make a
-double, and writes a Decimal's as they are. What it refuses to read, the standard library's decoder reads or says what
-is wrong with; what it cannot write (lone surrogates, very deep nesting), or would write in other characters than ASCII,
-a slower writer of ours does.
+double, and writes a Decimal's as they are. What it refuses to read, and -0, the standard library's decoder reads, or
+says what is wrong with; what it cannot write (lone surrogates, very deep nesting), or would write in other characters
+than ASCII, a slower writer of ours does.
 
 Of a name that an object has twice the last one counts, for the row, for the hash and for the version alike.
 """
@@ -26,6 +26,7 @@ from figbridge.errors import BridgeError
 from figbridge.event import Received
 
 _UNSTORABLE: Final = re.compile("[\\0\ud800-\udfff]")
+_NEGATIVE_ZERO: Final = re.compile(rb"-0(?![-.\w])")  # the number; within a text it is rare, and does no harm
 _ENVELOPE: Final = itemgetter("id", "source", "detail-type", "detail")
 
 
@@ -63,7 +64,7 @@ def parse(body: bytes, bare: Enveloping | None = None) -> Received:
     Raises Malformed.
     """
     try:
-        document = _FAST.decode(body)
+        document = _quickly(body)
         if type(document) is not dict:
             document = read(body, "the message")
     except Exception:  # noqa: BLE001 (whatever it was, the other decoder reads it or says what is wrong)
@@ -81,6 +82,13 @@ def parse(body: bytes, bare: Enveloping | None = None) -> Received:
         raise Malformed("detail", "is a pack of several events", expected="one; set forward.pack: none at its bridge")
     identity, source, detail_type = (_required_text(document, it) for it in ("id", "source", "detail-type"))
     return Received(identity, source, detail_type, document)
+
+
+def _quickly(body: bytes) -> Any:
+    """Raises ValueError and others for what it cannot read, or not exactly."""
+    if _NEGATIVE_ZERO.search(body):
+        raise ValueError("msgspec would take it for 0")
+    return _FAST.decode(body)
 
 
 def _known(document: dict[str, Any]) -> Received | None:
@@ -160,6 +168,8 @@ def _exact(digits: str) -> Decimal:
 
 
 def _integer(digits: str) -> int | Decimal:
+    if digits == "-0":
+        return Decimal(digits)
     try:
         return int(digits)
     except ValueError:  # beyond sys.set_int_max_str_digits; a numeric may be that long
