@@ -134,6 +134,12 @@ def test_a_view_or_a_rule_that_the_server_cannot_write_through(
     assert (applied.reason in codes) == bool(refused), applied
 
 
+def test_a_view_of_a_table_that_somebody_has_locked_is_not_waited_for(shop: Database) -> None:
+    with shop.connect() as other, other.transaction():
+        other.execute("LOCK TABLE shop.orders")
+        assert mapped(shop, mapping("shop.overview", "update", ["id"], ["status"])).only("ok", "reverse.mappings.0")
+
+
 def test_what_is_misspelt_is_guessed(shop: Database) -> None:
     found = mapped(shop, mapping("shop.orders", "update", ["id"], ["stauts"]))
     assert found.only("error", "reverse.mappings.0.set.stauts").remedy == "did you mean 'status'?"

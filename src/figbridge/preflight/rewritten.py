@@ -68,7 +68,10 @@ def _each(template: str, columns: Iterable[str], separator: str = ", ") -> sql.C
 def _refused(connection: psycopg.Connection, statement: sql.Composable) -> str | None:
     try:
         with connection.transaction():
+            connection.execute("SET LOCAL lock_timeout TO '1s'")
             psycopg.RawCursor(connection).execute(sql.SQL("EXPLAIN {}").format(statement))
+    except psycopg.errors.LockNotAvailable:
+        return None  # somebody alters it: then it is not known, and nobody is to wait for that
     except psycopg.Error as refused:
         if not (refused.sqlstate or "").startswith(_REFUSALS):
             raise
