@@ -226,17 +226,31 @@ def test_a_missing_slot_stops_with_the_remedy(each_database: Database) -> None:
     assert "figbridge init" in failure.hint
 
 
-# from 18 on the server leaves the changes out in silence; there the preflight finds it
-@pytest.mark.pg("< 18")
-def test_a_publication_that_is_gone_stops_with_the_remedy(database: Database) -> None:
-    prepared(database)
-    database.execute("DROP PUBLICATION pub")
-    database.execute("INSERT INTO thing VALUES (1)")
-    with Forward(database) as forward:
+# from 18 on the server leaves the changes out and warns, where an older one fails
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_publication_that_is_gone_stops_with_the_remedy_whatever_is_made_since(
+    each_database: Database, made_anew: bool
+) -> None:
+    prepared(each_database)
+    role = "SET client_min_messages = 'error'"  # nobody shall keep the server from telling us
+    each_database.execute(f"ALTER DATABASE {each_database.name} {role}")
+    with Forward(each_database) as forward:
+        each_database.execute("INSERT INTO thing VALUES (1)")
+        forward.until_events(1)
+        each_database.execute("DROP PUBLICATION pub")
+        each_database.execute("INSERT INTO thing VALUES (2)")
+        if made_anew:
+            each_database.execute("CREATE PUBLICATION pub FOR TABLE thing")
+        each_database.execute("INSERT INTO thing VALUES (3)")
         failure = forward.ended()
+        assert [it["key"]["id"] for it in forward.sink.details] == [1]
     assert isinstance(failure, SourceError)
-    assert "publication" in str(failure)
-    assert "older than the slot" in failure.hint
+    assert '"pub"' in str(failure)
+    assert "drop_replication_slot" in failure.hint
+    assert "copy the tables anew" in failure.hint
+    with Forward(each_database) as again:  # nothing was acknowledged: whoever starts it again is told again
+        assert '"pub"' in str(again.ended())
+        assert again.sink.details == []
 
 
 def test_an_invalidated_slot_stops_with_the_remedy() -> None:

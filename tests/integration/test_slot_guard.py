@@ -388,6 +388,20 @@ def test_a_publication_that_loses_a_table_during_a_run(
         assert remedy in failed(forward, SourceError, said)
 
 
+def test_a_publication_that_is_made_anew_during_a_run(each_database: Database) -> None:
+    """Without a change in between the server says nothing of it, but who knows that there was none?"""
+    prepare(each_database)
+    with Guarded(each_database) as forward:
+        forward.until_streaming()
+
+        def stopped() -> bool:  # more than once: the watch may not have seen the first one
+            each_database.execute("DROP PUBLICATION pub; CREATE PUBLICATION pub FOR TABLE thing")
+            return forward.failure is not None
+
+        until(stopped, 20)
+        assert "copy the tables anew" in failed(forward, SourceError, "publication pub was dropped and made anew")
+
+
 def test_a_table_that_is_gone_for_good_stops_nothing(prepared: Database) -> None:
     prepared.execute("CREATE TABLE other (id int PRIMARY KEY); ALTER PUBLICATION pub ADD TABLE other")
     with structlog.testing.capture_logs() as logs, Guarded(prepared) as forward:

@@ -39,10 +39,10 @@ _KEEPALIVE: Final = struct.Struct(">xQqB")  # end LSN, send time, reply requeste
 _STATUS: Final = struct.Struct(">cQQQqB")  # 'r', written, flushed, applied, time, reply requested
 _EPOCH_SECONDS: Final = 946_684_800  # 2000-01-01, the protocol's epoch
 
-# What `values` relies on. The walsender prints values under these settings of its session.
+# What `values` and `_hear` rely on. The walsender prints values under these settings of its session.
 SETTINGS: Final = (
     "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c bytea_output=hex -c timezone=UTC "
-    "-c statement_timeout=0 -c idle_session_timeout=0"
+    "-c statement_timeout=0 -c idle_session_timeout=0 -c client_min_messages=warning"
 )
 
 
@@ -75,6 +75,7 @@ class ReplicationSource:
         self._unsent = False
         self._streaming = False
         self._over = False  # the server has ended the stream
+        self._left_out = ""  # what the server said when it left changes out
         self._dry = True  # the last `receive` took all that had arrived
         self.in_danger = False  # whether the slot will be lost at the next checkpoint, as far as somebody has looked
         self.acknowledged = Lsn(0)  # what the server was told last that it may forget
@@ -119,7 +120,7 @@ class ReplicationSource:
             options=f"{own} {SETTINGS}".strip(),
             **legacy.socket_settings(self._dsn),  # type: ignore[arg-type]  # libpq's own parameters
         )
-        connection.add_notice_handler(_tell)
+        connection.add_notice_handler(self._hear)
         connection.patience = legacy.BRIEF  # whoever lets us in and then says nothing must not hold us for ever
         return connection
 
@@ -159,6 +160,7 @@ class ReplicationSource:
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}{})").format(
             sql.Identifier(self._slot), sql.SQL(str(start)), sql.Literal(names), messages
         )
+        self._left_out = ""
         connection.execute(command)
         self._streaming, self._over, self._dry = True, False, True
         self._liveness.streaming(time.monotonic())
@@ -199,6 +201,8 @@ class ReplicationSource:
                     break
         except psycopg.Error as error:
             raise self._translate(error.sqlstate, str(error)) from error
+        if self._left_out:  # whatever came with it is not acknowledged, so the next stream is told the same
+            raise self._translate("42704", self._left_out)
         if size < 0:
             self._over = True  # why, only the first question is told; what came before it is whole
             if not messages:
@@ -283,6 +287,18 @@ class ReplicationSource:
             os.close(self._wake_write)
             self._wake_read = self._wake_write = -1
 
+    def _hear(self, said: psycopg.errors.Diagnostic) -> None:
+        """What the server says beside the stream, such as that it waits for a standby (synchronized_standby_slots).
+
+        From 18 on it warns of a publication that is missing and leaves changes out, where an older one ends the stream.
+        The function is what names the warning in every language; its SQLSTATE is that of a standby's warnings, too.
+        """
+        if said.severity_nonlocalized == "WARNING":
+            text, detail, hint = said.message_primary, said.message_detail, said.message_hint
+            _log.warning("the server warns", message=text, detail=detail, hint=hint)
+            if said.source_function == "LoadPublications":
+                self._left_out = f"{text} ({detail})"
+
     def _ended(self) -> SourceError:
         result = self._pgconn.get_result()
         if result is None or result.status != pq.ExecStatus.FATAL_ERROR:
@@ -302,8 +318,9 @@ class ReplicationSource:
             case "42704" if self._streaming:  # the slot was there to start with: pgoutput misses its publication
                 return SourceError(
                     text,
-                    hint="the publication must be older than the slot. If it was dropped, create it again with "
-                    "`figbridge init`; if the slot is older, only a new slot helps, and a gap must be filled",
+                    hint="the publication was dropped, or made after the slot, and changes are in no event; also if "
+                    "there is one again. Only a new slot helps: "
+                    f"SELECT pg_drop_replication_slot('{self._slot}'); then `figbridge init`, and copy the tables anew",
                 )
             case "42704" | "55000" | "58P01":
                 return SlotLost(
@@ -325,13 +342,6 @@ def read_keepalive(message: bytes) -> tuple[Lsn, bool]:
         raise DecodeError(f"a keepalive has {_KEEPALIVE.size} bytes", kind="k", offset=len(message))
     end, _, reply = _KEEPALIVE.unpack(message)
     return Lsn(end), bool(reply)
-
-
-def _tell(said: psycopg.errors.Diagnostic) -> None:
-    """What the server says beside the stream, such as that it waits for a standby (synchronized_standby_slots)."""
-    if said.severity_nonlocalized == "WARNING":
-        detail, hint = said.message_detail, said.message_hint
-        _log.warning("the server warns", message=said.message_primary, detail=detail, hint=hint)
 
 
 def _as_text(value: object) -> str:

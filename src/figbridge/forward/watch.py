@@ -1,9 +1,9 @@
 """The loop `slot-watch`: raises the guard's bound in time, and looks at slot and publication every minute.
 
 It has an ordinary connection of its own and reads catalogues only, never a legacy table. What it finds wrong stops the
-bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere meanwhile, and a publication that misses
-a table of the file, or an operation. From PostgreSQL 18 on the server leaves the changes of such a table out without a
-word, and an operation on every version, so nobody else would notice.
+bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere meanwhile, and a publication that was
+made anew, or misses a table of the file, or an operation. From PostgreSQL 18 on the server leaves the changes of such a
+table out without a word, and an operation on every version, so nobody else would notice.
 
 It judges only the server that the stream comes from. A replica that waits for the slot exports the slot's gauges too.
 """
@@ -57,6 +57,7 @@ class SlotWatch:
         self._next_look = 0.0
         self._looked_at = 0
         self._seen: tuple[float, int] | None = None
+        self._oids: dict[str, int] = {}  # of the publications
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`. Raises SlotLost or SourceError with what to do."""
@@ -127,12 +128,15 @@ class SlotWatch:
     def _look_at(
         self, connection: psycopg.Connection, name: str, tables: Sequence[Name], operations: Sequence[str]
     ) -> None:
-        found = catalogue.publication(connection, name)
-        if found is None:
+        with connection.transaction():  # one that is made anew meanwhile must not be seen without its tables
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            found = catalogue.publication(connection, name)
+        if found is None or self._oids.setdefault(name, found.oid) != found.oid:
             raise SourceError(
-                f"publication {spell(name)} is gone",
-                hint="changes since then are in no event. Drop the slot, it is older than what would be made now: "
-                f"SELECT pg_drop_replication_slot('{self._guard.slot}'); then `figbridge init`, and copy the tables",
+                f"publication {spell(name)} {'was dropped and made anew' if found else 'is gone'}",
+                hint="changes since it was dropped are in no event. Drop the slot, which is older than any made since: "
+                f"SELECT pg_drop_replication_slot('{self._guard.slot}'); then `figbridge init`, and copy the tables "
+                "anew",
             )
         for finding in stream.narrow(name, found, operations):
             if finding.level == "error":

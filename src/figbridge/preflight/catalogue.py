@@ -164,6 +164,7 @@ class Publication:
     None when somebody else did.
     """
 
+    oid: int
     all_tables: bool
     schemas: tuple[str, ...]
     tables: frozenset[Name]
@@ -178,7 +179,7 @@ def publication(connection: psycopg.Connection, name: str) -> Publication | None
     """The publication of that name in this database, if there is one."""
     row = connection.execute(
         """
-        SELECT p.oid, p.puballtables, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate, p.pubviaroot,
+        SELECT p.oid::bigint, p.puballtables, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate, p.pubviaroot,
                pg_has_role(p.pubowner, 'USAGE'), obj_description(p.oid, 'pg_publication')
         FROM pg_publication p WHERE p.pubname = %s
         """,
@@ -206,6 +207,7 @@ def publication(connection: psycopg.Connection, name: str) -> Publication | None
         ).fetchall()
     made_at = _MADE_AT.match(comment or "")
     return Publication(
+        oid=oid,
         all_tables=all_tables,
         schemas=tuple(schema for (schema,) in schemas),
         tables=frozenset((schema, table) for schema, table, _ in members),
