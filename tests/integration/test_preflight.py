@@ -426,3 +426,22 @@ def test_a_slot_that_is_gone(shop: Database) -> None:
     finding = inspected(config, "run").only("error", f"slot {shop.slot}")
     assert finding.what == "does not exist"
     assert "copy the tables anew" in finding.remedy
+
+
+def test_a_publication_that_is_gone_takes_a_new_slot_and_the_tables(shop: Database) -> None:
+    """The first remedy is the one that helps: `init` would refuse the slot, and nothing else tells of the gap."""
+    config = config_of(shop.dsn, slot=shop.slot)
+    provision.initialise(config)
+    shop.execute("DROP PUBLICATION figbridge")
+    there = inspected(config, "run").only("error", "publication figbridge")
+    refused = inspected(config, "init").only("error", f"slot {shop.slot}")
+    for finding in (there, refused):
+        assert f"pg_drop_replication_slot('{shop.slot}'); then run `figbridge init`" in finding.remedy
+        assert "copy the tables anew (`figbridge snapshot`)" in finding.remedy
+    shop.execute("SELECT pg_drop_replication_slot(%s)", [shop.slot])
+    assert inspected(config, "run").only("error", "publication figbridge").remedy == "run `figbridge init`"
+    provision.initialise(config)
+    shop.execute("DROP PUBLICATION figbridge")
+    shop.execute(provision.script(config))
+    made_anew = inspected(config, "run").only("error", f"slot {shop.slot}")
+    assert "copy the tables anew (`figbridge snapshot`)" in made_anew.remedy

@@ -500,6 +500,29 @@ def test_the_script_forgets_only_a_slot_that_is_not_there(each_database: Databas
     assert len(each_database.execute(CONFIRMED, [each_database.slot])) == 1
 
 
+@pytest.mark.parametrize(
+    ("section", "then"),
+    [
+        ({}, "copy the tables anew (`figbridge snapshot`)"),
+        ({"snapshot": "when-needed"}, "every table will be read again"),
+        ({"on-slot-loss": "recreate-and-backfill"}, "every table will be read again"),
+    ],
+)
+def test_init_says_that_a_slot_was_there_before(each_database: Database, section: dict[str, str], then: str) -> None:
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    config = configured(each_database, **section)
+
+    def warned() -> list[str]:
+        return [line for line in provision.initialise(config) if line.startswith("warning: there was a slot before")]
+
+    assert warned() == []
+    leave_a_note = "INSERT INTO figbridge.slot_guard VALUES (%s, '1', 1, 'x', '0/1', '0/1')"
+    each_database.execute(leave_a_note, [each_database.slot])
+    assert warned() == []
+    each_database.execute("SELECT pg_drop_replication_slot(%s)", [each_database.slot])
+    assert warned() == [f"warning: there was a slot before, and changes since then are in no event: {then}"]
+
+
 ORDERS = "SELECT table_name, state, cursor IS NULL, gap IS NOT NULL FROM figbridge.snapshot ORDER BY 1"
 ORDERED = [("other", "waiting", True, True), ("thing", "waiting", True, True)]
 

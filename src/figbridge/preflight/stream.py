@@ -21,6 +21,8 @@ _PREVENTION: Final = {
     "wal_removed": "; raise max_slot_wal_keep_size, so that it does not happen again",
     "idle_timeout": "; raise idle_replication_slot_timeout, so that it does not happen again",
 }
+_INIT: Final = "run `figbridge init`"
+_ANEW: Final = "copy the tables anew (`figbridge snapshot`)"
 MARKS: Final = ("insert",)  # of the inbox: a purge of old keys must not make events
 
 
@@ -30,7 +32,8 @@ def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name],
     tables = catalogue.tables(connection, names)
     publication = catalogue.publication(connection, section.publication)
     slot = catalogue.slot(connection, section.slot)
-    yield from _publication(section.publication, publication, names, PUBLISHED, stage)
+    remedy = _renewed(slot) if slot and slot.here else _INIT
+    yield from _publication(section.publication, publication, names, PUBLISHED, stage, remedy=remedy)
     if publication:
         yield from _partitions(section.publication, publication, tables)
     inbox = catalogue.publication(connection, section.inbox_publication) if with_inbox else None
@@ -64,17 +67,24 @@ def probe_guard(config: Config) -> Iterator[Finding]:
 
 
 def _publication(
-    name: str, found: Publication | None, names: Sequence[Name], operations: Sequence[str], stage: Stage
+    name: str,
+    found: Publication | None,
+    names: Sequence[Name],
+    operations: Sequence[str],
+    stage: Stage,
+    *,
+    remedy: str = _INIT,
 ) -> Iterator[Finding]:
+    """`remedy` is what to do if it is not there."""
     place = f"publication {spell(name)}"
     if found is None:
-        yield ok(place, "will be made") if stage == "init" else error(place, "does not exist", "run `figbridge init`")
+        yield ok(place, "will be made") if stage == "init" else error(place, "does not exist", remedy)
         return
     findings = [*_too_wide(place, name, found), *narrow(name, found, operations)]
     missing = [table for table in names if table not in found.tables]
     if missing and stage == "run" and not found.all_tables:
         listed = ", ".join(spell(*table) for table in missing)
-        findings.append(error(place, f"does not publish {listed}: no change of it would leave", "run `figbridge init`"))
+        findings.append(error(place, f"does not publish {listed}: no change of it would leave", _INIT))
     findings.extend(unconfigured(name, table) for table in sorted(found.tables.difference(names)))
     yield from findings
     if not any(finding.level == "error" for finding in findings):
@@ -164,8 +174,7 @@ def _slot(section: LegacySection, slot: Slot | None, stage: Stage) -> Iterator[F
             else error(
                 place,
                 "does not exist",
-                "run `figbridge init`; if it was there before, the changes since then are lost to it: "
-                "copy the tables anew afterwards",
+                f"{_INIT}; if it was there before, the changes since then are lost to it: {_ANEW} afterwards",
             )
         )
         return
@@ -221,7 +230,7 @@ def _health(place: str, slot: Slot) -> Iterator[Finding]:
             place,
             f"is lost ({slot.invalidation or 'its WAL was removed'}): changes since {slot.restart or 'its last read'} "
             "cannot be read any more",
-            f"SELECT pg_drop_replication_slot('{slot.name}'); then run `figbridge init` and copy the tables anew"
+            f"SELECT pg_drop_replication_slot('{slot.name}'); then {_INIT} and {_ANEW}"
             + _PREVENTION.get(slot.invalidation or "wal_removed", ""),
         )
     elif slot.wal_status == "unreserved":
@@ -232,6 +241,14 @@ def _health(place: str, slot: Slot) -> Iterator[Finding]:
             "at once ALTER SYSTEM SET max_slot_wal_keep_size = -1; SELECT pg_reload_conf(); then start the bridge; "
             "limit it again when wal_status in pg_replication_slots is reserved",
         )
+
+
+def _renewed(slot: Slot) -> str:
+    """The remedy for a slot that is older than its publication. Whatever it had not delivered is lost with it."""
+    return (
+        f"SELECT pg_drop_replication_slot('{slot.name}'); then {_INIT}. If the bridge has run with this slot, changes "
+        f"since the publication was dropped are in no event, nor what was not delivered yet: {_ANEW} afterwards"
+    )
 
 
 def _order(
@@ -246,14 +263,15 @@ def _order(
         yield error(
             f"slot {section.slot}",
             f"is older than publication {spell(section.publication)}, which is not there: it could never be read",
-            f"SELECT pg_drop_replication_slot('{slot.name}'); then run `figbridge init` again",
+            _renewed(slot),
         )
     for name, found in ((section.publication, publication), (section.inbox_publication, inbox)):
         if stage == "run" and found and found.made_at and slot.restart and slot.restart < found.made_at:
+            gap = f"; or, if it was dropped and made anew: {_renewed(slot)}" if found is publication else ""
             yield error(
                 f"slot {section.slot}",
                 f"still needs WAL from {slot.restart} on, and publication {spell(name)} was made at {found.made_at}: "
                 "the server would not find it, or leave changes out",
                 f"let the bridge read on without {spell(name)} (as the configuration was before) until restart_lsn "
-                f"of slot {slot.name} in pg_replication_slots is at least {found.made_at}",
+                f"of slot {slot.name} in pg_replication_slots is at least {found.made_at}{gap}",
             )

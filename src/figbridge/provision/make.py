@@ -141,9 +141,9 @@ def _make_slot(config: Config) -> list[str]:
 
 
 def _forget(connection: psycopg.Connection, config: Config) -> list[str]:
-    """Notes about an earlier slot; with forward.on-slot-loss, order what makes up for it."""
+    """Notes about an earlier slot, which tell of a gap; with forward.on-slot-loss, order what makes up for it."""
     slot, gap = config.legacy.slot, False
-    if config.recreates_slot:
+    if config.recreates_slot or config.guards_slot:
         found = connection.execute(f"SELECT {statements.gap_sql(config)}").fetchone()
         gap = found == (True,)
     if config.guards_slot:
@@ -152,9 +152,13 @@ def _forget(connection: psycopg.Connection, config: Config) -> list[str]:
         connection.execute(statements.forget_snapshots_sql(config))
     if not gap:
         return []
-    why = f"replication slot {slot!r} did not exist, and `figbridge init` made it anew"
-    backfill.order(connection, slot, config.snapshot_tables, why)
-    return ["warning: there was a slot before, and changes since then are in no event: every table will be read again"]
+    told = "warning: there was a slot before, and changes since then are in no event: "
+    if config.recreates_slot:
+        why = f"replication slot {slot!r} did not exist, and `figbridge init` made it anew"
+        backfill.order(connection, slot, config.snapshot_tables, why)
+    elif not (config.forward and config.forward.snapshot == "when-needed"):
+        return [f"{told}copy the tables anew (`figbridge snapshot`)"]
+    return [f"{told}every table will be read again"]
 
 
 def make_slot(connection: psycopg.Connection, section: LegacySection) -> Lsn | None:

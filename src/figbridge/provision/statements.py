@@ -124,8 +124,9 @@ def gap_sql(config: Config) -> str:
 
     There is a note about an earlier slot, or a backfill that another gap needed has not ended.
     """
-    slot = literal(config.legacy.slot)
-    known = [f"EXISTS (SELECT FROM figbridge.snapshot WHERE slot = {slot} AND {backfill.PENDING})"]
+    slot, known = literal(config.legacy.slot), []
+    if config.recreates_slot:
+        known.append(f"EXISTS (SELECT FROM figbridge.snapshot WHERE slot = {slot} AND {backfill.PENDING})")
     if config.guards_slot:
         known.append(f"EXISTS (SELECT FROM figbridge.slot_guard WHERE slot = {slot})")
     return f"({' OR '.join(known)})"
