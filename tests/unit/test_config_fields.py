@@ -61,14 +61,38 @@ def test_a_slot_that_the_server_would_refuse(text: str) -> None:
         ("not a dsn", "libpq cannot read it as a connection string"),
         ("postgresql://u:p%@h/d", "libpq cannot read it as a connection string"),
         ("host=db replication=database", "has the parameter replication"),
+        ("postgresql://u:hunter2@tail@h:1/d", "cannot be meant: its host holds an @"),
+        ("postgresql://u:hunter2@@h:1/d", "cannot be meant: its host holds an @"),
+        ("host=hunter2@h", "cannot be meant: its host holds an @"),
+        ("postgresql://u:12/hunter2@h:1/d", "cannot be meant: its database holds an unescaped @"),
+        ("postgresql://u/hunter2@h", "cannot be meant: its database holds an unescaped @"),
+        (
+            "postgresql://u:hunter2/tail@h:1/d",
+            "cannot be meant: its database holds an unescaped @, its port is no number from 1 to 65535",
+        ),
+        ("postgresql://u:hunter2/tail?x", "libpq cannot read it as a connection string"),
+        ("host=h port=hunter2", "cannot be meant: its port is no number from 1 to 65535"),
+        ("host=a,b port=1,65536", "cannot be meant: its port is no number from 1 to 65535"),
     ],
 )
 def test_a_dsn_is_checked_before_anything_connects(dsn: str, what: str) -> None:
-    assert problems(tree(legacy=LEGACY | {"dsn": dsn}))["legacy.dsn"].what == what
+    problem = problems(tree(legacy=LEGACY | {"dsn": dsn}))["legacy.dsn"]
+    assert problem.what == what
+    assert "hunter2" not in str(problem)
 
 
 @pytest.mark.parametrize(
-    "dsn", ["host=a,b port=5432,5433 target_session_attrs=read-write", "service=legacy", "postgresql:///shop"]
+    "dsn",
+    [
+        "host=a,b port=5432,5433 target_session_attrs=read-write",
+        "host=a,b port=,5433",
+        "service=legacy",
+        "postgresql:///shop",
+        "postgresql://u:p%40%2F@h/d%40?options=-cfoo.bar%3Da@b",
+        "postgresql://u:p?x#:y@[::1]:5432/d?application_name=a/b",
+        "postgres://u@/d?host=/run/a@b&port=5433",
+        "host=@abstract dbname=a@b user=c@d",
+    ],
 )
 def test_every_form_of_libpq_is_a_dsn(dsn: str) -> None:
     assert parse(tree(legacy=LEGACY | {"dsn": dsn})).legacy.dsn.get_secret_value() == dsn

@@ -106,6 +106,9 @@ def _leaks() -> Iterator[tuple[str, str, dict[str, str]]]:
     yield "libpq cannot read it", yaml.safe_dump(from_variable), {"LEGACY_DSN": f"{dsn}?{SECRET}=%zz"}
     yield "no key=value", yaml.safe_dump(from_variable), {"LEGACY_DSN": f"host=db {SECRET}"}
     yield "a stray %", yaml.safe_dump(from_variable), {"LEGACY_DSN": f"postgresql://bridge:%{SECRET}@db/shop"}
+    for before, after in (("", "@tail"), ("head@", ""), ("", "/tail"), ("1/", ""), ("a/b@", "@c")):
+        leaking = f"postgresql://bridge:{before}{SECRET}{after}@db:5432/shop"
+        yield f"unescaped {before}…{after}", yaml.safe_dump(from_variable), {"LEGACY_DSN": leaking}
     yield "it is a list", valid.replace("postgresql://bridge@db/shop", f"[{SECRET}]"), {}
     yield "an open quote on its line", valid.replace("postgresql://bridge@db/shop", f'"{dsn}'), {}
     yield "a tab on its line", valid.replace("postgresql://bridge@db/shop", f"{dsn}: \t{SECRET}: x"), {}

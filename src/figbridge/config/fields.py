@@ -16,6 +16,8 @@ import psycopg
 from psycopg import conninfo
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, WithJsonSchema
 
+from figbridge.config.dsn import faults
+
 # figbridge.legacy.SCHEMA, which configuration may not import: both stand in one layer
 _OUR_SCHEMA: Final = "figbridge"
 
@@ -80,19 +82,24 @@ def check_path(text: str) -> str:
     return text
 
 
+_ESCAPE: Final = "in a URL write special characters of a password as %XX (@ is %40, / is %2F, % is %25)"
+
+
 def _conninfo(dsn: SecretStr) -> SecretStr:
     # libpq's own words quote the part they could not read, and that is where an unescaped password is
     try:
         known = conninfo.conninfo_to_dict(dsn.get_secret_value())
     except psycopg.ProgrammingError:
         raise ValueError(
-            "libpq cannot read it as a connection string; in a URL write special characters of a password as "
-            "%XX (@ is %40, / is %2F, % is %25), in the key=value form put the value in single quotes"
+            f"libpq cannot read it as a connection string; {_ESCAPE}, in the key=value form put the value in "
+            "single quotes"
         ) from None
     if not known:
         raise ValueError("is empty; such as postgresql://user:password@host:5432/database")
     if "replication" in known:
         raise ValueError("has the parameter replication; remove it, the bridge adds it where it belongs")
+    if wrong := ", ".join(faults(dsn.get_secret_value(), known)):
+        raise ValueError(f"cannot be meant: {wrong}; mend it. {_ESCAPE}")
     return dsn
 
 
