@@ -11,7 +11,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from figbridge import canary
+from figbridge import canary, legacy
 from figbridge.change import Lsn, Relation
 from figbridge.demo.postgres import EmbeddedPostgres
 from figbridge.errors import LegacyUnavailable, SlotLost, SourceError
@@ -251,6 +251,19 @@ def test_a_publication_that_is_gone_stops_with_the_remedy_whatever_is_made_since
     with Forward(each_database) as again:  # nothing was acknowledged: whoever starts it again is told again
         assert '"pub"' in str(again.ended())
         assert again.sink.details == []
+
+
+@pytest.mark.parametrize(
+    ("parameter", "remedy"),
+    [("service=none-such", "mend `service=`"), ("client_encoding=none-such", "mend `client_encoding=`")],
+)
+def test_a_parameter_that_only_the_machine_or_the_server_can_judge(
+    database: Database, parameter: str, remedy: str
+) -> None:
+    with pytest.raises(LegacyUnavailable, match="refuses the connection") as refused:
+        legacy.connect(f"{database.dsn} {parameter}", purpose="test")
+    assert refused.value.urgent
+    assert remedy in refused.value.hint
 
 
 def test_an_invalidated_slot_stops_with_the_remedy() -> None:

@@ -71,6 +71,18 @@ def test_a_slot_that_the_server_would_refuse(text: str) -> None:
             "cannot be meant: its database holds an unescaped @, its port is no number from 1 to 65535",
         ),
         ("postgresql://u:hunter2/tail?x", "libpq cannot read it as a connection string"),
+        (
+            "postgresql://h/d?load_balance_hosts=hunter2&gssencmode=hunter2&connect_timeout=hunter2&keepalives_idle=1.5",
+            (
+                "cannot be meant: gssencmode is none of disable | prefer | require, load_balance_hosts is none of "
+                "disable | random, connect_timeout is no whole number, keepalives_idle is no whole number"
+            ),
+        ),
+        ("host=h sslnegotiation=''", "cannot be meant: sslnegotiation is none of postgres | direct"),
+        ("host=h tcp_user_timeout=2147483648", "cannot be meant: tcp_user_timeout is no whole number"),
+        ("host=a,b port=1,2,3", "cannot be meant: it has 3 ports for 2 hosts"),
+        ("hostaddr=127.0.0.1 port=1,2", "cannot be meant: it has 2 ports for 1 hosts"),
+        ("host=a,b hostaddr=127.0.0.1", "cannot be meant: it has 2 hosts and 1 host addresses"),
         ("host=h port=hunter2", "cannot be meant: its port is no number from 1 to 65535"),
         ("host=a,b port=1,65536", "cannot be meant: its port is no number from 1 to 65535"),
     ],
@@ -86,6 +98,8 @@ def test_a_dsn_is_checked_before_anything_connects(dsn: str, what: str) -> None:
     [
         "host=a,b port=5432,5433 target_session_attrs=read-write",
         "host=a,b port=,5433",
+        "host=a,b port=5433 sslmode=verify-full connect_timeout=-1 keepalives=0 tcp_user_timeout=2147483647",
+        "port=1,2",
         "service=legacy",
         "postgresql:///shop",
         "postgresql://u:p%40%2F@h/d%40?options=-cfoo.bar%3Da@b",
