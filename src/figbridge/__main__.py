@@ -11,11 +11,12 @@ import gc
 def main() -> None:
     """Import the command line, and hand over to it."""
     gc.disable()
-    from figbridge import cli  # noqa: PLC0415 (not before the collector waits)
+    from figbridge import cli, commands  # noqa: PLC0415 (not before the collector waits)
 
     gc.freeze()
     gc.enable()
-    cli.main()
+    with commands.written():
+        cli.main()
 
 
 if __name__ == "__main__":

@@ -158,3 +158,29 @@ def test_a_database_that_is_not_up_yet_is_waited_for(tmp_path: Path) -> None:
             server.start()
             bridge.until_ready()
             assert bridge.terminate() == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["schema", "config"], ["init", "--print-sql"], ["init"], ["check"], ["check", "--json"]]
+)
+def test_standard_output_that_takes_nothing_more(database: Database, tmp_path: Path, arguments: list[str]) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    written(tmp_path, slot=database.slot)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "figbridge", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "LEGACY_DSN": database.dsn},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2:] == [
+        "figbridge: standard output cannot be written: No space left on device",
+        "  remedy: make room where it leads; what the command did until then is done",
+    ]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr

@@ -1,13 +1,18 @@
 """What the commands share: how the file is named, and how a failure is said. A large group has a file here."""
 
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import click
 
 from figbridge.errors import BridgeError
+
+_WRITERS: Final = ("click.utils", "rich.console")
 
 config_option = click.option(
     "-c",
@@ -36,6 +41,22 @@ def reported() -> Iterator[None]:
         for failure in errors:
             _say(failure)
         sys.exit(max(failure.exit_status for failure in errors))
+
+
+@contextmanager
+def written() -> Iterator[None]:
+    """Say when standard output takes nothing more, as on a full disk, and end with 1. What was done stays done."""
+    try:
+        yield
+    except OSError as error:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if last.f_globals["__name__"] not in _WRITERS:
+            raise
+        click.echo(f"figbridge: standard output cannot be written: {error.strerror}", err=True)
+        click.echo("  remedy: make room where it leads; what the command did until then is done", err=True)
+        # what is left of it would fail once more at the end of the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _say(error: BridgeError) -> None:
