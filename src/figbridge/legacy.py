@@ -31,7 +31,9 @@ SCHEMA: Final = "figbridge"
 # cut-over; and a transaction that was idle or took too long (25P03, 25P04), whose connection the server has ended.
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _PASSING: Final = ("08", "25006", "25P03", "25P04", "40", "53", "55", "57")
-
+_AWAY: Final = ("08", "57P")  # of connections, and of servers that stop or start
+_LOOK: Final = "look whether it runs, and whether host and port in the DSN are right; then "
+_AGAIN: Final = "run the command again. `figbridge run` tries again by itself, and nothing is lost"
 
 # libpq's names; all of them may be set in the DSN. Together: a peer that is gone is noticed after 20 to 25 s, whether
 # there is something to send (tcp_user_timeout, milliseconds) or not. Without them Linux takes a quarter of an hour, and
@@ -169,9 +171,8 @@ def translate(error: psycopg.Error) -> BridgeError:
         refused.retry_after = REFUSED
         return refused
     if state is None or state.startswith(_PASSING):
-        return LegacyUnavailable(
-            f"the legacy database is not available: {text}", hint="nothing is lost; the bridge tries again"
-        )
+        look = _LOOK if state is None or state.startswith(_AWAY) else ""
+        return LegacyUnavailable(f"the legacy database is not available: {text}", hint=f"{look}{_AGAIN}")
     missing = "`figbridge check` says what is missing" if state.startswith(("3F", "42")) else ""
     return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})", hint=missing)
 

@@ -568,5 +568,6 @@ def test_what_somebody_put_into_our_schema_is_not_dropped(shop: Database) -> Non
 def test_a_database_that_does_not_answer_is_unavailable_not_wrong(database: Database) -> None:
     config = configured(database, dsn="host=127.0.0.1 port=1 dbname=none")
     for act in (provision.initialise, lambda it: provision.teardown(it, keep_schema=True)):
-        with pytest.raises(LegacyUnavailable):
+        with pytest.raises(LegacyUnavailable) as away:
             act(config)
+        assert "host and port in the DSN are right; then run the command again" in away.value.hint
