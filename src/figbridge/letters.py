@@ -84,11 +84,15 @@ def shown(config: Config, wanted: Wanted, *, as_json: bool) -> Iterator[str]:
             number += 1
             yield dump(letter).decode() if as_json else _page(letter)
     if number == 0:
-        raise BridgeError("there is no such letter", hint="`figbridge dead-letters list` shows those that there are")
+        raise _none()
+
+
+def _none() -> BridgeError:
+    return BridgeError("there is no such letter", hint="`figbridge dead-letters list` shows those that there are")
 
 
 def discard(config: Config, wanted: Wanted, *, as_json: bool) -> Iterator[str]:
-    """Remove letters; a line for each, and their number."""
+    """Remove letters; a line for each, and their number. Raises BridgeError when ids are given and none is there."""
     number = 0
     with contextlib.ExitStack() as stack:
         for store, directions in _stores(config, stack):
@@ -96,6 +100,8 @@ def discard(config: Config, wanted: Wanted, *, as_json: bool) -> Iterator[str]:
                 store.remove(kept)
                 number += len(kept)
                 yield from (_json(it.letter) if as_json else _told(it.letter) for it in kept)
+    if wanted.ids and number == 0:
+        raise _none()
     if not as_json:
         yield f"{number} discarded"
 
@@ -108,7 +114,7 @@ class redrive:  # noqa: N801 (reads as the function that it is, and counts)
         self.done = self.remaining = 0
 
     def __iter__(self) -> Iterator[str]:
-        """Raises BridgeError when the sink, the database or the store will take nothing."""
+        """Raises BridgeError when the sink, the database or the store will take nothing, or there is no such letter."""
         with contextlib.ExitStack() as stack:
             for it in self._results(stack):
                 if it.reason is None:
@@ -116,6 +122,8 @@ class redrive:  # noqa: N801 (reads as the function that it is, and counts)
                 else:
                     self.remaining += 1
                 yield _outcome(it, as_json=self._as_json)
+        if self._wanted.ids and not self.done + self.remaining:
+            raise _none()
         if not self._as_json:
             still = f", {self.remaining} are dead letters still" if self.remaining else ""
             yield f"{self.done} redriven{still}"

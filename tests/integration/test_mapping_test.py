@@ -59,20 +59,30 @@ def test_it_shows_the_difference_and_rolls_back(tmp_path: Path, shop: Database) 
 
 
 @pytest.mark.parametrize(
-    ("detail", "action", "said"),
+    ("detail", "action", "said", "status"),
     [
-        ({"id": 404, "status": "paid"}, "update", "no such row: the event would wait"),
-        ({"id": 1, "n": "many"}, "upsert", "SQLSTATE 22P02"),
-        ({"id": 1, "customer": 5}, "upsert", "SQLSTATE 23503"),
+        ({"id": 404, "status": "paid"}, "update", "no such row: the event would wait", 0),
+        ({"id": 1, "n": "many"}, "upsert", "SQLSTATE 22P02", 1),
+        ({"id": 1, "customer": 5}, "upsert", "SQLSTATE 23503", 1),
     ],
 )
 def test_it_says_what_would_be_refused(
-    tmp_path: Path, shop: Database, detail: dict[str, object], action: str, said: str
+    tmp_path: Path, shop: Database, detail: dict[str, object], action: str, said: str, *, status: int
 ) -> None:
     done = run(shop, tmp_path, body("e-1", "order", **detail), "--execute", action=action)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == status, done.output
+    assert ("the event would be refused" in done.stderr) == (status == 1)
+    assert "rolled back" in done.stdout
     assert said in done.output
     assert orders(shop) == []
+
+
+def test_what_would_be_refused_where_there_are_rules(tmp_path: Path, shop: Database) -> None:
+    message = body("e-1", "order", id=1, n="many")
+    done = run(shop, tmp_path, message, "--execute", action="upsert", conflicts={"policy": "legacy_wins"})
+    assert done.exit_code == 1, done.output
+    assert "outcome          dead_letter: 22P02" in done.stdout
+    assert "the event would be refused: 22P02" in done.stderr
 
 
 def test_an_event_that_nobody_asked_for_and_one_that_is_none(tmp_path: Path, shop: Database) -> None:
@@ -98,7 +108,7 @@ def decided(shop: Database, path: Path, action: str = "upsert", policy: str = "l
     message = body("e-1", "order", id=1, **detail)
     rules = RULES | {"policy": policy}
     done = run(shop, path, message, "--execute", action=action, version="detail.v", conflicts=rules)
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == int("outcome          dead_letter" in done.stdout), done.output
     assert "rolled back" in done.output
     assert (shop.execute(NOTHING), shop.execute("TABLE shop.orders")) == before
     return done.output

@@ -19,7 +19,7 @@ import psycopg
 
 from figbridge import legacy
 from figbridge.config import Config
-from figbridge.errors import ConfigError, Problem
+from figbridge.errors import BridgeError, ConfigError, Problem
 from figbridge.reverse import difference
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.conflict import Task
@@ -73,7 +73,11 @@ def show(work: Work) -> Iterator[str]:
 
 
 def rehearse(dsn: str, work: Work) -> Iterator[str]:
-    """Run the statements and roll back; the rows before and after, or the error. Raises LegacyUnavailable."""
+    """Run the statements and roll back; the rows before and after, or the error.
+
+    Raises BridgeError when all is told and PostgreSQL has refused the event, LegacyUnavailable.
+    """
+    refusal = ""
     with legacy.connect(dsn, purpose="mapping-test") as connection, legacy.translated():
         connection.execute("SET client_encoding TO 'UTF8'")
         try:
@@ -81,19 +85,21 @@ def rehearse(dsn: str, work: Work) -> Iterator[str]:
                 yield from _run(connection, number, statement)
             yield from _touched(connection)
             connection.execute(difference.CHECKED)
-        except psycopg.Error as error:
-            if error.sqlstate is None:
+        except psycopg.Error as failure:
+            if failure.sqlstate is None:
                 raise
-            yield f"refused          {words(error)} (SQLSTATE {error.sqlstate})"
+            refusal = f"{words(failure)} (SQLSTATE {failure.sqlstate})"
+            yield f"refused          {refusal}"
         finally:
             connection.rollback()
     yield "rolled back      nothing was changed"
+    _require(refusal)
 
 
 def decide(config: Config, work: Work) -> Iterator[str]:
     """As `rehearse`, for a work whose mapping has rules: what they find, what they decide, what is written then.
 
-    Raises LegacyUnavailable, BridgeError.
+    Raises as `rehearse`.
     """
     section = config.reverse
     assert section is not None  # noqa: S101 (it has the mapping)
@@ -118,6 +124,12 @@ def decide(config: Config, work: Work) -> Iterator[str]:
     elif newest:
         yield f"but              version {newest} was applied before: the bridge would ignore the event (stale_version)"
     yield "rolled back      nothing was changed"
+    _require(applied.reason if applied.outcome is Outcome.DEAD_LETTER else "")
+
+
+def _require(refusal: str) -> None:
+    if refusal:
+        raise BridgeError(f"the event would be refused: {refusal}", hint="mend the mapping, or the event")
 
 
 class _Told(Shadow):
