@@ -11,7 +11,7 @@ from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import disable_created_metrics, make_wsgi_app
 
 from figbridge.errors import Problem, SetupError
 from figbridge.metrics import Metrics
@@ -47,6 +47,8 @@ class HttpServer:
         self._metrics = metrics
         self._parts = parts
         self._alive = alive
+        # a second series beside each counter and histogram; for the whole process, which is ours where we serve
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # it has no types
         self._exposition: WSGIApplication = make_wsgi_app(metrics.registry)
         try:
             self._server = make_server(

@@ -46,6 +46,12 @@ def test_ready_is_every_part_and_says_which_is_not(served: Served) -> None:
     assert served.get("/readyz") == (200, "ready\n")
 
 
+def test_a_counter_is_one_series(served: Served) -> None:
+    _, page = served.get("/metrics")
+    assert "figbridge_reverse_apply_seconds_count" in page
+    assert "_created" not in page
+
+
 def test_live_is_every_loop(served: Served) -> None:
     assert served.get("/livez")[0] == 200
     served.alive = False
