@@ -176,10 +176,10 @@ def mapping_test(path: Path, event: Path, execute: bool) -> None:
 @_config_option
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
 @click.option("--where", metavar="SQL", help="Only the rows for which this holds; with exactly one table.")
-@click.option("--pause", "order", flag_value="pause", help="Stop reading after the chunk at hand.")
-@click.option("--resume", "order", flag_value="resume", help="Go on where it was paused.")
-@click.option("--cancel", "order", flag_value="cancel", help="Give it up; what has left has left.")
-@click.option("--status", "only_status", is_flag=True, help="Say how far it is.")
+@click.option("--pause", is_flag=True, help="Stop reading after the chunk at hand.")
+@click.option("--resume", is_flag=True, help="Go on where it was paused.")
+@click.option("--cancel", is_flag=True, help="Give it up; what has left has left.")
+@click.option("--status", is_flag=True, help="Say how far it is.")
 @click.option(
     "--follow/--no-follow",
     "followed",
@@ -190,27 +190,33 @@ def snapshot(
     path: Path,
     tables: tuple[str, ...],
     where: str | None,
-    order: Literal["pause", "resume", "cancel"] | None,
     *,
-    only_status: bool,
     followed: bool | None,
+    **orders: bool,
 ) -> None:
     """Send the rows that are there already, of all tables of the file or of TABLEs, through the running bridge."""
+    given = [name for name, is_given in orders.items() if is_given]
+    if len(given) > 1:
+        raise click.UsageError(f"--{given[0]} or --{given[1]}: give one of them")
+    if given and where is not None:
+        raise click.UsageError(f"--where is for a new snapshot: leave it out, or --{given[0]}")
+    order = given[0] if given else None
     with _reported():
         from figbridge.forward.snapshot import command  # noqa: PLC0415
 
         config = Config.load(path)
-        if order:
-            lines = command.order(config, tables, order)
-        elif only_status:
-            lines = [command.told(task) for task in command.status(config)] or ["there is none"]
-        else:
-            lines = command.request(config, tables, where)
+        match order:
+            case "pause" | "resume" | "cancel":
+                lines = command.order(config, tables, order)
+            case "status":
+                lines = [command.told(task) for task in command.status(config)] or ["there is none"]
+            case _:
+                lines = command.request(config, tables, where)
         for line in lines:
             click.echo(line)
         console = Console(soft_wrap=True, highlight=False)
         if followed is None:
-            followed = console.is_terminal and not order and not only_status
+            followed = console.is_terminal and not order
         try:
             if followed and not command.follow(config, console):
                 sys.exit(1)

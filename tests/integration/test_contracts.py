@@ -230,7 +230,10 @@ def test_schema_events_and_diff(database: Database, tmp_path: Path) -> None:
     assert "/detail/after/status: is gone" in output
     assert command("diff", str(old), str(old)) == (0, "nobody is broken\n")
     assert command("diff", str(old))[0] == 2
-    assert command("diff", str(tmp_path / "nowhere"), str(old))[0] == 2
+    status, output = command("diff", str(tmp_path / "nowhere"), str(tmp_path / "nor-there"))
+    assert status == 2
+    for which in ("OLD: ", "nowhere is no directory", "NEW: ", "nor-there is no directory"):
+        assert which in output
 
 
 def test_the_schema_of_an_event_is_published() -> None:

@@ -46,6 +46,18 @@ def read(forward: Forward) -> list[tuple[str, int]]:
     return [(it["table"], it["after"]["id"]) for it in forward.sink.details if it["op"] == "read"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["--pause --resume", "--cancel --pause", "--pause --status", "thing --status --where true", "--pause --where true"],
+)
+@pytest.mark.usefixtures("prepared")
+def test_options_that_contradict_each_other(tmp_path: Path, options: str) -> None:
+    refused = snapshot(tmp_path, *options.split())
+    assert refused.exit_code == 2
+    assert "Usage" in refused.output
+    assert snapshot(tmp_path, "--status").output == "there is none\n"
+
+
 def test_all_tables_then_one_with_a_condition(prepared: Database, tmp_path: Path) -> None:
     assert snapshot(tmp_path, "--status").output == "there is none\n"
     asked = snapshot(tmp_path)

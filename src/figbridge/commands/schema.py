@@ -3,12 +3,16 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from figbridge.commands import config_option, reported
 from figbridge.config import Config
 from figbridge.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from figbridge.contracts import Kind
 
 
 @click.group()
@@ -56,7 +60,7 @@ def schema_events(path: Path, directory: Path | None) -> None:
 def schema_diff(old: Path, new: Path | None, path: Path | None) -> None:
     """Say whom the way from the contracts in OLD to those in NEW breaks; exit status 1 if anybody."""
     with reported():
-        from figbridge.contracts import Contracts, difference, of_file  # noqa: PLC0415
+        from figbridge.contracts import difference, of_file  # noqa: PLC0415
 
         if (new is None) is (path is None):
             raise ConfigError(
@@ -65,14 +69,28 @@ def schema_diff(old: Path, new: Path | None, path: Path | None) -> None:
         if path is not None:
             from figbridge.forward import contract  # noqa: PLC0415
 
-            schemas = contract.contracts(Config.load(path))
+            after = contract.contracts(Config.load(path))
+            (before,) = _loaded({"OLD": old})
         else:
-            schemas = Contracts.load(new or old, "NEW").schemas
-        breaks = [
-            *difference.compare(Contracts.load(old, "OLD").schemas, schemas, lambda kind: of_file(kind).as_posix())
-        ]
+            before, after = _loaded({"OLD": old, "NEW": new or old})
+        breaks = [*difference.compare(before, after, lambda kind: of_file(kind).as_posix())]
         for each in breaks:
             click.echo(str(each))
         if breaks:
             sys.exit(1)
         click.echo("nobody is broken")
+
+
+def _loaded(directories: dict[str, Path]) -> "list[dict[Kind, Any]]":
+    """The contracts of each directory. Raises ConfigError with what is wrong in all of them."""
+    from figbridge.contracts import Contracts  # noqa: PLC0415
+
+    loaded, problems = [], list[Problem]()
+    for where, directory in directories.items():
+        try:
+            loaded.append(Contracts.load(directory, where).schemas)
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError("there is nothing to compare", problems)
+    return loaded
