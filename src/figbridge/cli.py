@@ -4,6 +4,7 @@ Exit status: 0 when all is well, 2 when the configuration or the set-up is wrong
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -80,6 +81,8 @@ def init(path: Path, print_sql: bool) -> None:
         if print_sql:
             click.echo(provision.script(config))
             return
+        # as Ctrl-C does: the server is told, or it would go on waiting for the slot and leave one behind
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         for line in provision.initialise(config):
             click.echo(line)
 

@@ -1,11 +1,13 @@
 """What is wrong is said at once, all of it, with a remedy and exit status 2; what passes by itself is waited for."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import boto3
+import psycopg
 import pytest
 
 from figbridge.demo.postgres import EmbeddedPostgres
@@ -184,3 +186,31 @@ def test_standard_output_that_takes_nothing_more(database: Database, tmp_path: P
     ]
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_an_init_that_is_ended_while_it_waits_leaves_no_slot(
+    database: Database, tmp_path: Path, end: signal.Signals
+) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    config = written(tmp_path, slot=database.slot)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'figbridge-init' AND datname = %s"
+    with psycopg.connect(database.dsn) as open_one:
+        open_one.execute("INSERT INTO thing VALUES (1)")
+        init = subprocess.Popen(
+            [sys.executable, "-m", "figbridge", "init", "-c", str(config)],
+            env={**os.environ, "LEGACY_DSN": database.dsn},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            until(lambda: database.execute(f"{waits} AND wait_event = 'transactionid'", [database.name]) == [(1,)], 60)
+            init.send_signal(end)
+            _, said = init.communicate(timeout=60)
+        finally:
+            init.kill()
+    assert init.returncode == 1
+    assert "Traceback" not in said
+    until(lambda: database.execute(waits, [database.name]) == [(0,)], 60)
+    slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s"
+    assert database.execute(slots, [database.slot]) == [(0,)]
