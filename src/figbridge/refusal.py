@@ -46,7 +46,6 @@ _CLIENT: Final = (
 )
 _FILES: Final = "`sslcert=`, `sslkey=` and `sslrootcert=` must name files that this process, and nobody else, may read"
 _SERVICE: Final = "mend `service=` in the DSN, or put the service into ~/.pg_service.conf or the file of PGSERVICEFILE"
-_ENCODING: Final = "mend `client_encoding=` in the DSN, or leave it out: the server knows none of this name"
 _WALSENDER: Final = "ALTER ROLE … WITH REPLICATION; (on Amazon RDS: GRANT rds_replication TO the role)"
 
 # In the words of PostgreSQL's auth.c, postinit.c and walsender.c, and of libpq's fe-auth.c and fe-secure-openssl.c.
@@ -65,7 +64,6 @@ _KNOWN: Final = (
     (re.compile(r"server does not support SSL"), _NO_TLS),
     (re.compile(r"valid client certificate|alert (certificate|bad certificate|unknown ca)"), _CLIENT),
     (re.compile(r"definition of service .* not found|service file .* not found"), _SERVICE),
-    (re.compile(r'invalid value for parameter "client_encoding"'), _ENCODING),
     (re.compile(r'(private key|certificate) file ".*"'), _FILES),
 )
 
