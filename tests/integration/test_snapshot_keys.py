@@ -103,10 +103,11 @@ def test_every_row_is_read_once(each_database: Database, ddl: str, rows: str) ->
     assert compared(each_database)
 
 
+@pytest.mark.pg("< 16")  # those that come with contrib
 @pytest.mark.usefixtures("way")
 def test_a_key_of_types_whose_operators_have_no_one_name(each_database: Database) -> None:
     """Beside an integer a type whose operators are an extension's."""
-    if not each_database.execute("SELECT FROM pg_available_extensions WHERE name = 'citext'"):
+    if not each_database.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'citext'"):
         pytest.skip("this server has no extension citext")
     prepare(
         each_database,
