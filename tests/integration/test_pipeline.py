@@ -248,9 +248,10 @@ def test_a_publication_that_is_gone_stops_with_the_remedy_whatever_is_made_since
     assert '"pub"' in str(failure)
     assert "drop_replication_slot" in failure.hint
     assert "copy the tables anew" in failure.hint
-    with Forward(each_database) as again:  # nothing was acknowledged: whoever starts it again is told again
+    with Forward(each_database) as again:  # nothing of it was acknowledged: whoever starts it again is told again
         assert '"pub"' in str(again.ended())
-        assert again.sink.details == []
+        # the first one's acknowledgement may have been on its way still
+        assert {it["id"] for it in again.sink.details} <= {it["id"] for it in forward.sink.details}
 
 
 def test_a_parameter_that_only_the_machine_can_judge(database: Database) -> None:
