@@ -23,11 +23,11 @@ delivery/              several requests in flight to a sink, and no key reordere
 forward/checkpoint.py  completed in any order, acknowledged in order
 forward/unroll.py      runs of plain rows, from bytes to events in one compiled function
 forward/capture.py     the loop that reads; handover.py, buffer.py: its batches on their way to the other; status.py
-forward/versions.py    which schema each table had from where on; guard.py: is the slot the one we left?
+forward/versions.py    which schema each table had from where on; guard.py, guarded.py: is the slot the one we left?
 forward/heartbeat.py   a message that goes the whole way and is timed; messages.py, outbox.py: what else may leave
 forward/snapshot/      the rows that were there before the slot, between watermarks in the stream
 reverse/consume.py     the loop: receive, map, apply, settle
-reverse/mapping.py     event → key, version and statements, by declaration
+reverse/mapping.py     event → key, version and statements, by declaration; parts.py: each of the statements
 reverse/transaction.py idempotency keys, versions and statements of a batch in one transaction; express.py: all at once,
                        the next batch behind the COMMIT of the one before
 reverse/apply.py       the batch, and the search for the event that spoils it
@@ -39,6 +39,6 @@ functions/             what AWS Lambda can run: the relay, the reverse path
 transports/            sinks and sources, one file each; the only importers of boto3
 deadletter/            events that could not be delivered or applied: table and file; S3 and SQS are transports
 letters.py             `figbridge dead-letters`; each path has a redrive.py for its own
-service.py             the composition root: Config → loops; the only file that knows everyone
+service.py             the composition root: Config → loops, with the setup.py of each path
 supervise.py           named loops in threads; the first failure stops all; soft stop, then hard
 """

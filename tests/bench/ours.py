@@ -27,9 +27,10 @@ from unittest import mock
 
 from bench.backlog import PUBLICATION
 from bench.proc import Finished, cpu_seconds, memory
-from figbridge import log, service
+from figbridge import log
 from figbridge.config import Config
 from figbridge.event import Event, Lines, Rejection
+from figbridge.forward import setup
 from figbridge.metrics import Metrics
 from figbridge.supervise import Loop, Supervisor, tune
 from figbridge.transports.file import FileSink
@@ -149,7 +150,7 @@ def wire(
     metrics: Metrics,
     supervisor: Supervisor,
     stack: contextlib.ExitStack,
-) -> tuple[list[Loop], int]:
+) -> tuple[Sequence[Loop], int]:
     """The loops of a bridge's forward path, and how many bytes its buffer holds."""
     document = {
         "legacy": {"dsn": dsn, "slot": slot, "publication": PUBLICATION, "tables": ["public.orders"]},
@@ -157,13 +158,13 @@ def wire(
     }
     config = Config.model_validate(document)
     assert config.forward
-    with mock.patch.object(service, "open_sink", return_value=sink):
-        loops = service._forward(
+    with mock.patch.object(setup, "open_sink", return_value=sink):
+        loops = setup.open_loops(
             config,
             config.forward,
-            server=service.Server("bench", 180000, "utf-8"),
+            server=setup.Server("bench", 180000, "utf-8"),
             metrics=metrics,
-            supervisor=supervisor,
+            halt=supervisor.halt,
             stack=stack,
         )
     return loops, config.forward.buffer_bytes

@@ -15,7 +15,8 @@ from figbridge.change import Lsn
 from figbridge.config import Config
 from figbridge.demo.postgres import EmbeddedPostgres, installations
 from figbridge.errors import LegacyUnavailable, SlotLost, SourceError
-from figbridge.forward.guard import GuardedSource, Recreate, SlotGuard, place_of
+from figbridge.forward.guard import SlotGuard, place_of
+from figbridge.forward.guarded import GuardedSource, Recreate
 from figbridge.forward.source import ReplicationSource
 from figbridge.forward.watch import SlotWatch
 from figbridge.preflight import stream

@@ -13,7 +13,8 @@ from figbridge import provision
 from figbridge.change import Lsn
 from figbridge.demo.postgres import EmbeddedPostgres, installations
 from figbridge.forward import guard
-from figbridge.forward.guard import GuardedSource, SlotGuard
+from figbridge.forward.guard import SlotGuard
+from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.source import ReplicationSource
 from figbridge.forward.watch import SlotWatch
 from figbridge.preflight import stream

@@ -20,7 +20,8 @@ import structlog
 from figbridge import legacy
 from figbridge.change import Lsn
 from figbridge.errors import SlotGap, SlotLost, SourceError
-from figbridge.forward.guard import GuardedSource, SlotGuard, place_of
+from figbridge.forward.guard import SlotGuard, place_of
+from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.incarnation import Place
 from figbridge.metrics import SLOT_STATUSES, Metrics
 from figbridge.preflight import catalogue, stream

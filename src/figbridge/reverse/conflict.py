@@ -24,13 +24,14 @@ import psycopg
 
 from figbridge import legacy
 from figbridge.reverse import transaction
+from figbridge.reverse.group import Naming
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.message import write
 from figbridge.reverse.outcome import DONE, PARENT_MISSING, STALE_VERSION, Applied, Outcome
 from figbridge.reverse.parents import tables_of
 from figbridge.reverse.policy import Expected, Policy, Row
 from figbridge.reverse.statement import Free, Statement
-from figbridge.reverse.transaction import STALE, Naming, Suspects
+from figbridge.reverse.transaction import STALE, Suspects
 from figbridge.reverse.verdict import FK_MISSING, UNIQUE_OTHER, Conflict, Verdict, judge
 
 _UNIQUE: Final = "23505"  # unique_violation

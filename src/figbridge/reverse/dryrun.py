@@ -36,12 +36,13 @@ from figbridge.retry import persist
 from figbridge.reverse import conflict, difference
 from figbridge.reverse.conflict import Conflicts, Refusal
 from figbridge.reverse.consume import Consumer
+from figbridge.reverse.group import Naming
 from figbridge.reverse.item import UNMAPPED, Item
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import Applied, Outcome, unavailable
 from figbridge.reverse.park import Parked
 from figbridge.reverse.statement import Shape, Statement
-from figbridge.reverse.transaction import Naming, Suspects
+from figbridge.reverse.transaction import Suspects
 
 _log = structlog.get_logger()
 

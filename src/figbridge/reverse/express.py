@@ -29,7 +29,7 @@ from typing import Any, Final
 import psycopg
 
 from figbridge.errors import BridgeError
-from figbridge.reverse import claim, transaction
+from figbridge.reverse import claim, group, transaction
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.novelty import Rows
 from figbridge.reverse.outcome import Applied, contended
@@ -89,7 +89,7 @@ class Parcel:
     def __init__(self, works: Sequence[Work], *, alone: bool = False, rows: Rows = Rows.UNKNOWN) -> None:
         self.works = list(works)
         self.claims = claim.claims(works, alone=alone)
-        self.segments = [_Segment(segment) for segment in transaction.segments(works)]
+        self.segments = [_Segment(segment) for segment in group.segments(works)]
         # whether all of it is ours, and none the user's own SQL
         self.plain = all(shape is not None for it in self.segments for _, _, shape, _ in it.todo)
         # an entity's second event finds what the first one wrote
@@ -107,7 +107,7 @@ class _Segment:
         versioned = [work for work in works if work.version is not None]
         self.versioned = len(versioned)
         self.versions = claim.versions(versioned) if versioned else []
-        self.todo = transaction.statements(works)
+        self.todo = group.statements(works)
 
 
 class Lane:

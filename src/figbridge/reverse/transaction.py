@@ -26,13 +26,14 @@ startup options are refused by it (https://www.pgbouncer.org/features.html).
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol
 
 import psycopg
 from psycopg.pq import TransactionStatus
 
 from figbridge.errors import LegacyUnavailable
 from figbridge.reverse import claim
+from figbridge.reverse.group import Naming, Todo, named, segments, statements
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import (
     DELETE_MISSING,
@@ -42,7 +43,7 @@ from figbridge.reverse.outcome import (
     Outcome,
     raise_if_bug,
 )
-from figbridge.reverse.statement import Free, Shape, Statement, compose
+from figbridge.reverse.statement import Shape, Statement
 
 # READ COMMITTED whatever the role's default is: a stricter level cannot see the key of a transaction that committed
 # since the snapshot, and would answer a plain duplicate with 40001.
@@ -56,11 +57,6 @@ _SETTINGS: Final = """
                       WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, true)
 """
 STALE: Final = Applied(Outcome.IGNORED, STALE_VERSION, "an event with this version or a newer one was applied")
-_SORTED: Final = frozenset({"update", "upsert", "delete", "soft"})
-
-
-# The statement that stands before those of a work, and before the end (None).
-Naming: TypeAlias = Callable[[Work | None], bytes]
 
 
 class Suspects(Exception):
@@ -179,23 +175,6 @@ def _claim(
     return [work for work in works if work.identity in ours], claim.known(connection, others)
 
 
-def segments(works: Sequence[Work]) -> Iterable[list[Work]]:
-    """Cut where an entity comes a second time."""
-    if len({work.entity for work in works}) == len(works):
-        yield list(works)
-        return
-    segment: list[Work] = []
-    seen: set[tuple[str, str]] = set()
-    for work in works:
-        if work.entity in seen:
-            yield segment
-            segment, seen = [], set()
-        segment.append(work)
-        seen.add(work.entity)
-    if segment:
-        yield segment
-
-
 def _newer(connection: psycopg.Connection, works: Sequence[Work]) -> Sequence[Work]:
     """The works without a version, and those whose version was the higher one; it is written now."""
     versioned = [work for work in works if work.version is not None]
@@ -210,78 +189,6 @@ def _newer(connection: psycopg.Connection, works: Sequence[Work]) -> Sequence[Wo
         return works
     raised = set(cursor.fetchall())
     return [work for work in works if work.version is None or work.entity in raised]
-
-
-# (SQL, parameters, shape, works in the order of their documents); without a shape for the user's own SQL
-_Todo: TypeAlias = tuple[str | bytes, Any, Shape | None, list[Work]]
-
-
-class _Group:
-    """Neighbours of one shape, applied by one statement for each part of their mapping."""
-
-    def __init__(self, shapes: tuple[Shape, ...] | None) -> None:
-        self.shapes = shapes
-        self.works: list[Work] = []
-        self.ordered: set[str] = set()  # the message groups that are in it
-
-    def statements(self) -> Iterable[_Todo]:
-        """One for each part of the mapping."""
-        if self.shapes is None:
-            for statement in self.works[0].statements:
-                if isinstance(statement, Free):
-                    yield statement.query, statement.parameters, None, self.works
-                else:
-                    yield statement.query, statement.parameters, statement.shape, self.works
-            return
-        for part, shape in enumerate(self.shapes):
-            # rows are locked in the order of the documents, so that two batches meet at the first row they share;
-            # an insert keeps the events' order, by which the table numbers its rows
-            works = sorted(self.works, key=_identity) if shape.action in _SORTED else self.works
-            for members in [[work] for work in works] if shape.single else [works]:
-                documents = [work.statements[part].document for work in members]  # type: ignore[union-attr]  # it has shapes
-                yield compose(shape), [f"[{','.join(documents)}]"], shape, members
-
-
-def _identity(work: Work) -> str:
-    """Which row of its scope, which is that of all works of one shape, it is about."""
-    return work.entity[1]
-
-
-def _shapes(work: Work) -> tuple[Shape, ...] | None:
-    """Those of its statements; None when one of them is the user's own SQL, which has none."""
-    if len(work.statements) == 1:
-        only = work.statements[0]
-        return None if isinstance(only, Free) else (only.shape,)
-    shapes = [it.shape for it in work.statements if isinstance(it, Statement)]
-    return tuple(shapes) if len(shapes) == len(work.statements) else None
-
-
-def _grouped(works: Sequence[Work]) -> Iterable[_Group]:
-    group: _Group | None = None
-    common: Shape | None = None  # of the group, where its works have one statement each
-    for work in works:
-        statements = work.statements
-        if group is not None and len(statements) == 1 and work.group is None:  # nearly always the next of the same
-            only = statements[0]
-            if type(only) is Statement and only.shape is common:
-                group.works.append(work)
-                continue
-        shapes = _shapes(work)
-        if (
-            group is None
-            or shapes is None
-            or shapes != group.shapes
-            or (work.group is not None and work.group in group.ordered)
-        ):
-            if group is not None:
-                yield group
-            group = _Group(shapes)
-            common = shapes[0] if shapes is not None and len(shapes) == 1 else None
-        group.works.append(work)
-        if work.group is not None:
-            group.ordered.add(work.group)
-    if group is not None:
-        yield group
 
 
 class Answer(Protocol):
@@ -308,19 +215,10 @@ class Sent(NamedTuple):
     members: list[Work]
 
 
-def _named(works: Sequence[Work], naming: Naming) -> Iterable[tuple[Any, Any, Any, list[Work]]]:
-    """As `_Group.statements`: each work alone, behind its name."""
-    for work in works:
-        yield naming(work), None, None, [work]
-        for group in _grouped([work]):
-            yield from group.statements()
-    yield naming(None), None, None, list(works)
-
-
 def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Naming | None) -> dict[Work, Applied]:
     """Run the statements of `works`; raises Suspects when one fails or finds no row to update."""
     sent: list[Sent] = []
-    todo = statements(works) if naming is None else [*_named(works, naming)]
+    todo = statements(works) if naming is None else [*named(works, naming)]
     try:
         with connection.pipeline() if len(todo) > 1 else contextlib.nullcontext():
             send(connection, todo, sent)
@@ -340,12 +238,7 @@ def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Namin
     return read(works, sent)
 
 
-def statements(works: Sequence[Work]) -> list[_Todo]:
-    """Those of `works`, whose entities all differ, in their order."""
-    return [statement for group in _grouped(works) for statement in group.statements()]
-
-
-def send(connection: psycopg.Connection, todo: Iterable[_Todo], sent: list[Sent]) -> None:
+def send(connection: psycopg.Connection, todo: Iterable[Todo], sent: list[Sent]) -> None:
     """Execute `todo`; what was sent is appended to `sent`, the one that failed too."""
     for query, parameters, shape, members in todo:
         # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
