@@ -10,37 +10,84 @@ https://jmespath.org/specification.html
 """
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, Final, Literal, NamedTuple
 
-import jmespath
 import jmespath.exceptions
+
+from figbridge import digits
 
 # values of the predicate's columns, in their order → what the expression is
 Term = Callable[[Sequence[Any]], Any]
 
 _ORDERS: Final = {"lt": operator.lt, "lte": operator.le, "gt": operator.gt, "gte": operator.ge}
 _WORDS: Final = frozenset({"null", "true", "false"})
+_NUMBERS: Final = (int, Decimal, float)
+_NO_NUMBERS: Final = frozenset({"NaN", "Infinity", "-Infinity"})  # the texts that a numeric or a float may be
+
+Kind = Literal["number", "string", "boolean"]
 
 
 class Predicate(NamedTuple):
-    """``holds`` takes the values of ``columns``, in their order, as JSON has them."""
+    """``holds`` takes the values of ``columns``, in their order, as JSON has them; numbers are int or Decimal.
+
+    ``kinds`` has of each column that is compared with such literals of what kinds they are.
+    """
 
     text: str
     columns: tuple[str, ...]
     holds: Callable[[Sequence[Any]], bool]
+    kinds: Mapping[str, set[Kind]]
+
+    def misfits(self, column: str, kind: Kind | None) -> bool:
+        """Whether `column`, whose values are of this kind, is compared with literals of other kinds alone.
+
+        None of these comparisons says anything about it: the column has another type than whoever wrote them thought.
+        """
+        kinds = self.kinds.get(column)
+        return kinds is not None and kind is not None and kind not in kinds
 
 
 def compiled(text: str) -> Predicate:
     """The predicate. Raises ValueError, in two parts: what is wrong; what to do."""
     try:
-        tree = jmespath.compile(text).parsed
+        tree = digits.parsed(text).parsed
     except jmespath.exceptions.JMESPathError as error:
         reason = str(error).partition("\n")[0].removesuffix(":").removesuffix(", for expression")
         raise ValueError(f"is not JMESPath ({reason}); such as status == 'paid' && total > `100`") from None
     columns: dict[str, int] = {}
     term = _term(tree, columns)
-    return Predicate(text, tuple(columns), lambda values: _true(term(values)))
+    kinds: defaultdict[str, set[Kind]] = defaultdict(set)
+    for column, literal in _compared(tree):
+        kinds[column] |= _kinds(literal)
+    return Predicate(
+        text, tuple(columns), lambda values: _true(term(values)), {it: kinds[it] for it in kinds if kinds[it]}
+    )
+
+
+def _compared(node: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The comparisons of a column with a literal."""
+    children = node.get("children", ())
+    if node["type"] == "comparator":
+        sides = {child["type"]: child["value"] for child in children if child["type"] in {"field", "literal"}}
+        if len(sides) == 2:
+            yield sides["field"], sides["literal"]
+    for child in children:
+        yield from _compared(child)
+
+
+def _kinds(literal: Any) -> set[Kind]:
+    """The kinds of values that can be equal to it, or have an order with it."""
+    match literal:
+        case bool():
+            return {"boolean"}
+        case int() | Decimal():
+            return {"number"}
+        case str():
+            return {"number", "string"} if literal in _NO_NUMBERS else {"string"}
+    return set()
 
 
 def _term(node: Mapping[str, Any], columns: dict[str, int]) -> Term:
@@ -48,6 +95,8 @@ def _term(node: Mapping[str, Any], columns: dict[str, int]) -> Term:
     match node["type"]:
         case "literal":
             value = node["value"]
+            if isinstance(value, Decimal) and not value.is_finite():
+                raise ValueError("has a number that JSON has not; in events it is a text, so write 'NaN' or 'Infinity'")
             return lambda _: value
         case "field":
             return operator.itemgetter(_column(node["value"], columns))
@@ -113,7 +162,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool)
 
 
 def _true(value: Any) -> bool:

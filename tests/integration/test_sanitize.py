@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from figbridge import legacy
+from figbridge.change import Column, Relation
 from figbridge.config import Config, HashSection, OutboxSection, SelectSection
 from figbridge.deadletter import DeadLetter
 from figbridge.event import Event, Rejection
-from figbridge.forward.sanitize import NOT_DECIDED, CannotSanitize
+from figbridge.forward.sanitize import NOT_DECIDED, CannotSanitize, Rules
+from figbridge.forward.values import Encoders
 from figbridge.forward.versions import History
 from figbridge.preflight import LEAVING, inspect
 from fixtures.forward import Forward, HeldSink
@@ -242,6 +246,40 @@ def test_a_renamed_column_stops_the_bridge_before_its_values_leave(database: Dat
     assert all(list(it["after"]) == ["id"] for it in details)
 
 
+def test_the_predicate_knows_numbers_that_no_double_holds(each_database: Database) -> None:
+    """In the events they are strings; the predicate asks for what is in the database, in stream and snapshot alike."""
+    each_database.execute("CREATE TABLE accounts (id int PRIMARY KEY, tenant int8, amount numeric(30, 5))")
+    row = "(%s, 9007199254740993, 12345678901234567.12345), (%s, 5, 5)"
+    each_database.execute(f"INSERT INTO accounts VALUES {row}", [1, 2])
+    prepare(each_database, "", "accounts")
+    where = "tenant == `9007199254740993` && amount > `12345678901234567.12344` && !(amount < `1000`)"
+    rules = select(table="public.accounts", where=where)
+    with Forward(each_database, messages=[FENCE], select=[rules], snapshot=[("public", "accounts")]) as forward:
+        finished(forward, "accounts")
+        each_database.execute(f"INSERT INTO accounts VALUES {row}", [3, 4])
+        details = settled(forward)
+    assert [(it["op"], it["key"]["id"]) for it in details] == [("read", 1), ("insert", 3)]
+    assert details[0]["after"]["tenant"] == "9007199254740993"
+
+
+def test_a_column_that_became_text_stops_the_bridge_if_it_is_compared_with_a_number(database: Database) -> None:
+    database.execute("CREATE TABLE accounts (id int PRIMARY KEY, tenant int8)")
+    database.execute("CREATE PUBLICATION pub FOR TABLE accounts")
+    database.create_slot()
+    with Forward(database, select=[select(table="public.accounts", where="tenant > `0`")]) as forward:
+        database.execute("INSERT INTO accounts VALUES (1, 7)")
+        forward.until_events(1)
+        database.execute("ALTER TABLE accounts ALTER tenant TYPE text")
+        database.execute("INSERT INTO accounts VALUES (2, '7')")
+        failure = forward.ended()
+    assert isinstance(failure, CannotSanitize)
+    assert "both" in failure.hint
+    both = select(table="public.accounts", where="tenant > `0` || tenant > '0'")
+    with Forward(database, messages=[FENCE], select=[both]) as forward:
+        details = settled(forward)
+    assert {it["key"]["id"] for it in details} >= {2}
+
+
 def test_the_outbox_obeys_too(database: Database) -> None:
     database.execute(
         "CREATE TABLE outbox (id int PRIMARY KEY, aggregate_type text, aggregate_id text, type text, payload jsonb, "
@@ -329,10 +367,46 @@ def test_a_column_that_a_key_only_includes_may_stay(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
+    ("type_name", "kinds"),
+    [
+        ("int8", {"number"}),
+        ("rate", {"number"}),
+        ("float4", {"number"}),
+        ("boolean", {"boolean"}),
+        ("timestamptz", {"string"}),
+        ("mood", {"string"}),
+        ("jsonb", {"number", "string", "boolean"}),
+        ("int[]", {"number", "string", "boolean"}),
+    ],
+)
+def test_check_and_the_stream_find_a_column_of_the_same_kind(
+    database: Database, type_name: str, kinds: set[str]
+) -> None:
+    database.execute("CREATE DOMAIN share AS numeric; CREATE DOMAIN rate AS share; CREATE TYPE mood AS ENUM ('x', 'y')")
+    database.execute(f"CREATE TABLE people (id int PRIMARY KEY, c {type_name})")
+    (relation_id, type_oid) = database.execute(
+        "SELECT attrelid, atttypid FROM pg_attribute WHERE attrelid = 'people'::regclass AND attname = 'c'"
+    )[0]
+    relation = Relation(relation_id, "public", "people", "d", (Column("c", type_oid, -1, is_key=False),))
+    encoders = Encoders("safe", partial(legacy.type_description, database.dsn))
+    for kind, literal in {"number": "`5`", "string": "'x'", "boolean": "`true`"}.items():
+        rules = {"table": "public.people", "where": f"c != {literal}"}
+        ((level, _),) = report(database, {"select": [rules]})
+        assert (level == "ok") is (kind in kinds)
+        try:
+            Rules([select(**rules)]).of(relation, encoders, frozenset(), unveiled=True)
+        except CannotSanitize:
+            assert kind not in kinds
+        else:
+            assert kind in kinds
+
+
+@pytest.mark.parametrize(
     ("rules", "words"),
     [
         ({"exclude": ["snn"]}, "'snn'"),
         ({"where": "status == 'x'"}, "'status'"),
+        ({"where": "state != `5`"}, "'state', a string, with a number"),
         ({"mask": ["code"]}, "does not tell its rows apart"),
     ],
 )

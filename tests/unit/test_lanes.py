@@ -223,7 +223,9 @@ def selections(draw: Callable[..., object], width: int) -> Callable[[], Rules]:
     names = [f'c%"{index}' for index in range(width)]
     of = {fate: [name for name, it in zip(names, fates, strict=False) if it == fate] for fate in set(fates)}
     asked = draw(st.sampled_from([None, *range(width)]))
-    where = None if asked is None else f'!"c%\\"{asked}" || "c%\\"0" > `0` || "c%\\"{asked}" == \'x\''
+    kinds = ["> `0`", "== 'x'", "== `true`"]  # of whatever type a column is, one of them can hold
+    compared = [f'"c%\\"{index}" {it}' for index in (0, asked) for it in kinds]
+    where = None if asked is None else " || ".join([f'!"c%\\"{asked}"', *compared])
     section = SelectSection.model_validate(
         {
             "table": "public.t",

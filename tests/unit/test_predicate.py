@@ -1,6 +1,7 @@
 """Predicates say what JMESPath says, and what they are not is refused with the way out."""
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import jmespath
@@ -68,8 +69,42 @@ def test_strings_have_an_order_and_other_pairs_have_none() -> None:
         ("a | b", "pipe"),
         ("deleted_at == null", "backticks"),
         ("a.b[*]", "subexpression"),
+        ("a < `Infinity`", "'Infinity'"),
     ],
 )
 def test_what_is_no_predicate_is_refused(text: str, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         compiled(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a == `0.1`", True),
+        ("a == `0.10`", True),
+        ("a < `0.1000000000000000000000001`", True),
+        ("a == `0.1000000000000000000000001`", False),
+        ("b == `9007199254740993`", True),
+        ("b == `9007199254740992.5`", False),
+        ("b > `9007199254740992.5`", True),
+    ],
+)
+def test_numbers_are_compared_to_the_last_digit(text: str, *, wanted: bool) -> None:
+    predicate = compiled(text)
+    row = {"a": Decimal("0.1"), "b": 9007199254740993}
+
+    assert predicate.holds([row[name] for name in predicate.columns]) is wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("n > `0` && n < `5`", {"n": {"number"}}),
+        ("'a' == s || !(s == 'b')", {"s": {"string"}}),
+        ("n > `0` || n > '0'", {"n": {"number", "string"}}),
+        ("n != 'NaN'", {"n": {"number", "string"}}),
+        ("b == `true` && n == `null` && d.m == 'x' && l == `[1]` && n > m", {"b": {"boolean"}}),
+    ],
+)
+def test_it_says_with_what_kinds_of_literals_a_column_is_compared(text: str, kinds: dict[str, set[str]]) -> None:
+    assert compiled(text).kinds == kinds

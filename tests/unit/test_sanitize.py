@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -181,6 +182,85 @@ def test_a_value_that_was_not_sent_decides_nothing_and_leaves_nothing() -> None:
 
     bare = caught.value.change
     assert (bare.before, bare.after) == (BY_KEY, None)
+
+
+def numbers(where: str, *values: str, types: Sequence[int] = (20, 1700)) -> bool:
+    """Whether a row with these values of the columns a, b … leaves."""
+    columns = [Column(name, oid, -1, is_key=False) for name, oid in zip("abcd", types, strict=False)]
+    relation = Relation(1, "shop", "people", "d", tuple(columns[: len(values)]))
+    rules, encoders = Rules([select(where=where)]), Encoders("safe", lambda _: None)
+    filtered = rules.of(relation, encoders, frozenset(), unveiled=True).where
+    assert filtered
+    return filtered.row([it.encode() for it in values])
+
+
+@pytest.mark.parametrize(
+    ("where", "values"),
+    [
+        ("a == `9007199254740993`", ["9007199254740993"]),
+        ("a > `9007199254740992`", ["9007199254740993"]),
+        ("!(a != `9007199254740993`)", ["9007199254740993"]),
+        ("a < `-9007199254740992`", ["-9007199254740993"]),
+        ("b > `0`", ["1", "12345678901234567.12345"]),
+        ("b == `12345678901234567.12345`", ["1", "12345678901234567.12345"]),
+        ("b == `12345678901234567.1234500`", ["1", "12345678901234567.12345"]),
+        ("b != `12345678901234567.123451`", ["1", "12345678901234567.12345"]),
+        ("b > a", ["9007199254740993", "9007199254740993.1"]),
+        ("b == `0.1`", ["1", "0.10"]),
+        ("b == 'NaN'", ["1", "NaN"]),
+        ("b > `1000`", ["1", "9" * 5000]),
+    ],
+)
+def test_a_number_that_no_double_holds_is_compared_as_the_number_that_it_is(where: str, values: list[str]) -> None:
+    assert numbers(where, *values)
+
+
+@pytest.mark.parametrize(
+    ("where", "type_oid", "value"),
+    [
+        ("a == `0.1`", 700, "0.1"),  # float4
+        ("a == `0.1`", 701, "0.1"),  # float8
+        ("a == `[9007199254740993, 1.5]`", 1231, "{9007199254740993,1.50}"),  # numeric[]
+        ("a.n > `12345678901234567.12344`", 3802, '{"n": 12345678901234567.12345}'),  # jsonb
+        ("a.n == `1.5`", 114, '{"s": "\\ud800", "n": 1.50}'),  # json with half a character
+        (f"a.n > `{'9' * 400}`", 114, '{"n": %s}' % ("9" * 5000)),
+        ("a == `true`", 16, "t"),
+    ],
+)
+def test_so_is_one_of_any_other_type(where: str, type_oid: int, value: str) -> None:
+    assert numbers(where, value, types=[type_oid])
+
+
+@pytest.mark.parametrize(
+    ("where", "type_oid"),
+    [
+        ("a > `0`", 25),
+        ("a != `5`", 25),
+        ("a > '5'", 20),
+        ("a == '9007199254740993'", 20),
+        ("a == 'x'", 701),
+        ("a == 'true'", 16),
+        ("a == `true`", 23),
+        ("a == `5`", 1114),
+    ],
+)
+def test_a_column_of_another_kind_than_what_it_is_compared_with_stops_everything(where: str, type_oid: int) -> None:
+    with pytest.raises(CannotSanitize, match="'a'"):
+        numbers(where, "1", types=[type_oid])
+
+
+@pytest.mark.parametrize(
+    ("where", "type_oid", "value"),
+    [
+        ("a > `0` || a > '0'", 20, "1"),  # both kinds are listed, for both sides of an ALTER TYPE
+        ("a > `0` || a > '0'", 25, "1"),
+        ("a.m == 'x' || a == `5`", 3802, "5"),
+        ("a != 'Infinity'", 701, "1"),
+        ("a != `null`", 25, "1"),
+    ],
+)
+def test_it_does_not_where_something_can_hold(where: str, type_oid: int, value: str) -> None:
+    assert numbers(where, value, types=[type_oid])
 
 
 # --- the section

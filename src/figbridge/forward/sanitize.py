@@ -15,18 +15,26 @@ NULL leaves as null, whatever the rule: that there is no value is no value.
 import hmac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 import orjson
 
+from figbridge import digits
 from figbridge.change import UNCHANGED, Change, Operation, Relation, Row
 from figbridge.config import HashSection, SelectSection, split_table
 from figbridge.errors import BridgeError
 from figbridge.forward import values
 from figbridge.forward.values import Encoder, Encoders
-from figbridge.predicate import Predicate, compiled
+from figbridge.predicate import Kind, Predicate, compiled
 
 _MASKED: Final = b'"***"'
+_LAST_DIGIT: Final = ord("9")
+# of other types, such as json, values may be of any kind
+_KINDS: Final[dict[Encoder, Kind]] = {
+    values.raw: "number", values.exact_number: "number", values.float_: "number", values.boolean: "boolean",
+    values.text: "string", values.char: "string", values.timestamp: "string", values.timestamptz: "string",
+}  # fmt: skip
 NOT_DECIDED: Final = "FilterNotDecided"  # the code of such a rejection
 
 
@@ -50,7 +58,10 @@ class Hashing:
 
 
 class Where:
-    """A predicate over the rows of one version of a table. `dropped` is called for each change that does not leave."""
+    """A predicate over the rows of one version of a table. `dropped` is called for each change that does not leave.
+
+    What it asks of a number is asked of all its digits, whatever form events give it. Raises CannotSanitize.
+    """
 
     def __init__(
         self,
@@ -62,18 +73,21 @@ class Where:
     ) -> None:
         position = {column.name: index for index, column in enumerate(relation.columns)}
         self.positions = [position[name] for name in predicate.columns if name in position]
-        self._encoders = [encoders.of(relation.columns[index].type_oid) for index in self.positions]
+        encode = [encoders.exact.of(relation.columns[index].type_oid) for index in self.positions]
+        self._read = [_reader(it) for it in encode]
         self._predicate = predicate
         self._absent = len(self.positions) < len(predicate.columns)
         self._key = [index for index, column in enumerate(relation.columns) if column.name in keys]
         self._of_key = set(self.positions) <= set(self._key)
         self._dropped = dropped
+        for index, it in zip(self.positions, encode, strict=True):
+            _check_kind(predicate, relation, relation.columns[index].name, _KINDS.get(it))
 
     def keeps(self, raw: Sequence[bytes | None]) -> bool:
         """Whether a row with these values, in the text form of `positions`, leaves."""
         if self._absent:
             return False  # missing-columns: ignore; what cannot be asked does not hold
-        found = [None if it is None else _value(encode(it)) for encode, it in zip(self._encoders, raw, strict=True)]
+        found = [None if it is None else read(it) for read, it in zip(self._read, raw, strict=True)]
         return self._predicate.holds(found)
 
     def row(self, row: Row) -> bool:
@@ -234,8 +248,39 @@ def truncated(length: int) -> Encoder:
     return encode
 
 
+def _check_kind(predicate: Predicate, relation: Relation, column: str, kind: Kind | None) -> None:
+    if predicate.misfits(column, kind):
+        literals = " or ".join(sorted(predicate.kinds[column]))
+        raise CannotSanitize(
+            f"forward.select.where compares the column {column!r} of {relation} with a {literals}, and it was a {kind} "
+            "when this change was written, to which that is never equal",
+            hint="if its type was changed, compare it with literals of both kinds, such as "
+            f"({column} == `5` || {column} == '5'); there may be rows of both still. Nothing of the table "
+            "leaves until then",
+        )
+
+
+def _reader(encode: Encoder) -> Callable[[bytes], Any]:
+    """What makes of a value's text form what the predicate takes."""
+    if encode is values.raw:
+        return int
+    if encode is values.exact_number or encode is values.float_:
+        return _number
+    return lambda value: _value(encode(value))
+
+
+def _number(value: bytes) -> Decimal | str:
+    """Raises ValueError, or IndexError."""
+    if value[-1] > _LAST_DIGIT:
+        return value.decode()  # NaN, Infinity
+    try:
+        return Decimal(value.decode())
+    except InvalidOperation:
+        raise ValueError("a number that is none") from None
+
+
 def _value(json: bytes) -> Any:
     try:
-        return orjson.loads(json)
-    except orjson.JSONDecodeError:  # half a character; it is equal to nothing
+        return digits.loads(json)
+    except (ValueError, RecursionError):  # what nobody can read is equal to nothing
         return json

@@ -21,10 +21,10 @@ The encoders rely on the session settings that `source` makes: ISO dates, UTC, i
 extra_float_digits 3, bytea_output hex, client_encoding UTF8.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Final, Literal
 
 import orjson
@@ -184,6 +184,11 @@ class Encoders:
         self._known = dict(_built_in(numbers))
         self._describe = describe
 
+    @functools.cached_property
+    def exact(self) -> "Encoders":
+        """The same, by which each number is one, for readers to whom its digits are not too many."""
+        return Encoders("exact", self._describe)
+
     def of(self, type_oid: int) -> Encoder:
         """The encoder of the type. Raises what `describe` raises, and then asks again the next time."""
         found = self._known.get(type_oid)
@@ -204,7 +209,7 @@ def encoders(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
     return {oid: encoder for oid, encoder in _built_in(numbers).items() if encoder is not text}
 
 
-@lru_cache
+@functools.lru_cache
 def _built_in(numbers: Literal["safe", "exact"]) -> dict[int, Encoder]:
     number = safe_number if numbers == "safe" else exact_number
     scalars = {

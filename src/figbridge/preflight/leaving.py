@@ -5,12 +5,14 @@ A publication's own column lists and row filters may keep back more, never less.
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import psycopg
 
+from figbridge import predicate
 from figbridge.config import ForwardSection, SelectSection, split_table
+from figbridge.predicate import Kind, Predicate
 from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import Name, spell
 from figbridge.preflight.finding import Finding, error, ok
@@ -26,12 +28,13 @@ def probe(connection: psycopg.Connection, section: ForwardSection, names: Sequen
     for name in names:
         if name not in tables:
             continue  # which is a finding already
-        columns, keys = _columns(connection, name)
+        kinds, keys = _columns(connection, name)
+        columns = list(kinds)
         place, select = f"{LEAVING}{spell(*name)}", selects.get(name)
         if select is None:
             yield ok(place, f"leave as they are: {_listed(columns)}")
             continue
-        problems = [*_problems(place, section, select, columns, keys)]
+        problems = [*_problems(place, section, select, kinds, keys)]
         yield from problems or [ok(place, _told(section, select, columns))]
 
 
@@ -50,8 +53,9 @@ def _told(section: ForwardSection, select: SelectSection, columns: Sequence[str]
 
 
 def _problems(
-    place: str, section: ForwardSection, select: SelectSection, columns: Sequence[str], keys: Sequence[str]
+    place: str, section: ForwardSection, select: SelectSection, kinds: Mapping[str, Kind | None], keys: Sequence[str]
 ) -> Iterator[Finding]:
+    columns = list(kinds)
     for name in select.missing(columns) if select.missing_columns == "stop" else ():
         near = difflib.get_close_matches(name, columns, n=1)
         yield error(
@@ -61,6 +65,8 @@ def _problems(
             if near
             else "mend the name; if it was renamed, list both names, with missing-columns: ignore",
         )
+    if select.where is not None:
+        yield from _misfits(place, predicate.compiled(select.where), kinds)
     told_by = keys or columns
     lost = [it for it in told_by if select.stays(it) or select.treatments.get(it, "hash") != "hash"]
     outbox = section.outbox is not None and section.outbox.table is not None
@@ -74,11 +80,37 @@ def _problems(
         )
 
 
-def _columns(connection: psycopg.Connection, name: Name) -> tuple[list[str], list[str]]:
-    """(the columns that a publication can carry, those of them that are the replica identity or the primary key)."""
+def _misfits(place: str, where: Predicate, kinds: Mapping[str, Kind | None]) -> Iterator[Finding]:
+    for name, kind in kinds.items():
+        if where.misfits(name, kind):
+            literals = " or ".join(sorted(where.kinds[name]))
+            yield error(
+                place,
+                f"forward.select.where compares {name!r}, a {kind}, with a {literals}, to which it is never equal",
+                "write numbers in backticks, strings in quotes; if its type was changed, compare it with both",
+            )
+
+
+def _columns(connection: psycopg.Connection, name: Name) -> tuple[dict[str, Kind | None], list[str]]:
+    """(the columns that a publication can carry, those of them that are the replica identity or the primary key).
+
+    Of each column of what kind a predicate finds its values; None: of any, as of a json column.
+    """
     rows = connection.execute(
         """
-        SELECT a.attname::text, coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false)
+        SELECT a.attname::text, coalesce(a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]), false), (
+            WITH RECURSIVE type AS (
+                SELECT t.* FROM pg_type t WHERE t.oid = a.atttypid
+                UNION ALL SELECT t.* FROM type JOIN pg_type t ON t.oid = type.typbasetype
+            )
+            SELECT CASE
+                WHEN oid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype, 'numeric'::regtype, 'float4'::regtype,
+                             'float8'::regtype) THEN 'number'
+                WHEN oid = 'bool'::regtype THEN 'boolean'
+                WHEN oid NOT IN ('json'::regtype, 'jsonb'::regtype) AND typcategory <> 'A' THEN 'string'
+            END
+            FROM type WHERE typtype <> 'd'
+        )
         FROM pg_attribute a
         JOIN pg_class c ON c.oid = a.attrelid
         JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -89,7 +121,7 @@ def _columns(connection: psycopg.Connection, name: Name) -> tuple[list[str], lis
         """,
         name,
     ).fetchall()
-    return [column for column, _ in rows], [column for column, is_key in rows if is_key]
+    return {column: kind for column, _, kind in rows}, [column for column, is_key, _ in rows if is_key]
 
 
 def _listed(columns: Sequence[str]) -> str:

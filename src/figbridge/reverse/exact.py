@@ -1,59 +1,27 @@
-"""JMESPath whose numbers are exact: int and Decimal, as events have them; the library itself knows int and float.
+"""JMESPath's functions over exact numbers: int and Decimal, as events have them. The library's own know int and float.
 
-Its literals would be floats, to which 0.1 is unequal, and its functions take a Decimal for no number, or cut it off.
-What a sum or an average cannot say exactly, or with more digits than any numeric has, is an error. An integer is never
-made of a number with an exponent: 1e400000 has as many digits as it says.
+Those take a Decimal for no number, or cut it off. What a sum or an average cannot say exactly, or with more digits
+than any numeric has, is an error. Expressions are parsed by `figbridge.digits`, whose literals are exact, too.
 https://jmespath.org/specification.html#built-in-functions
 """
 
 import contextlib
 import decimal
-import json
-import re
 import sys
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, Inexact, InvalidOperation
 from typing import Any, Final
 
 import jmespath
 from jmespath.functions import Functions, signature
-from jmespath.parser import ParsedResult, Parser
 
 from figbridge.reverse.message import write
 
-_LITERAL: Final = re.compile(r"`((?:\\.|[^`\\])*)`", re.DOTALL)
 # numeric's digits before and after the point: https://www.postgresql.org/docs/current/datatype-numeric.html
 _EXACT: Final = Context(
     prec=131_072 + 16_383, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX, traps=[Inexact, InvalidOperation]
 )
 _MORE: Final = 20  # digits of an average beyond those of the sum
 _LONGEST: Final = sys.int_info.default_max_str_digits  # of an int that can be written
-
-
-def parsed(expression: str) -> ParsedResult:
-    """The expression, to be searched with `OPTIONS`. Raises JMESPathError."""
-    return _Parser().parse(expression)
-
-
-class _Parser(Parser):
-    _CACHE: dict[str, ParsedResult] = {}  # noqa: RUF012 (the library's has other literals)
-
-    def parse(self, expression: str) -> ParsedResult:
-        self._text = expression
-        return super().parse(expression)
-
-    def _token_nud_literal(self, token: dict[str, Any]) -> dict[str, Any]:
-        value = token["value"]
-        if found := _LITERAL.match(self._text, token["start"]):  # not a 'raw string'
-            with contextlib.suppress(ValueError):  # a word without its quotes, which the library takes for a string
-                value = json.loads(found[1].replace("\\`", "`"), parse_float=_decimal, parse_constant=_decimal)
-        return {"type": "literal", "value": value, "children": []}
-
-
-def _decimal(text: str) -> Decimal:
-    try:
-        return Decimal(text)
-    except InvalidOperation:  # its exponent is beyond any number's
-        return Decimal("-Infinity" if text.startswith("-") else "Infinity")
 
 
 class _Functions(Functions):

@@ -15,13 +15,14 @@ import json
 import math
 import re
 from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from operator import itemgetter
 from typing import Any, Final
 
 import msgspec
 
 from figbridge.delivery.pack import DETAIL_TYPE
+from figbridge.digits import EXACT, FAST
 from figbridge.errors import BridgeError
 from figbridge.event import Received
 
@@ -88,7 +89,7 @@ def _quickly(body: bytes) -> Any:
     """Raises ValueError and others for what it cannot read, or not exactly."""
     if _NEGATIVE_ZERO.search(body):
         raise ValueError("msgspec would take it for 0")
-    return _FAST.decode(body)
+    return FAST.decode(body)
 
 
 def _known(document: dict[str, Any]) -> Received | None:
@@ -150,7 +151,7 @@ def payload_hash(event: Received) -> bytes:
 def read(text: str | bytes, field: str) -> dict[str, Any]:
     """One JSON object, to the last digit. Raises Malformed, naming `field`."""
     try:
-        value = _EXACT.decode(text if isinstance(text, str) else text.decode())
+        value = EXACT.decode(text if isinstance(text, str) else text.decode())
     except UnicodeDecodeError as error:
         raise Malformed(field, "is not UTF-8", expected="a JSON object in UTF-8") from error
     except (ValueError, RecursionError) as error:
@@ -160,30 +161,8 @@ def read(text: str | bytes, field: str) -> dict[str, Any]:
     return value
 
 
-def _exact(digits: str) -> Decimal:
-    try:
-        return Decimal(digits)  # construction never rounds, whatever the context's precision
-    except InvalidOperation as error:
-        raise ValueError("an exponent beyond any database's") from error
-
-
-def _integer(digits: str) -> int | Decimal:
-    if digits == "-0":
-        return Decimal(digits)
-    try:
-        return int(digits)
-    except ValueError:  # beyond sys.set_int_max_str_digits; a numeric may be that long
-        return Decimal(digits)
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
-
-
-_FAST: Final = msgspec.json.Decoder(float_hook=Decimal)
 _PLAIN: Final = msgspec.json.Encoder(decimal_format="number")
 _SORTED: Final = msgspec.json.Encoder(decimal_format="number", order="sorted")
-_EXACT: Final = json.JSONDecoder(parse_float=_exact, parse_int=_integer, parse_constant=_no_number)
 
 
 def _required_text(document: dict[str, Any], field: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import jmespath
 import jmespath.exceptions
 
+from figbridge import digits
 from figbridge.config import Value
 from figbridge.reverse import exact
 from figbridge.reverse.message import Malformed
@@ -42,7 +43,7 @@ class Path:
 
     def __init__(self, expression: str, place: str) -> None:
         self.name = f"{expression} ({place})"
-        expressed = exact.parsed(expression)
+        expressed = digits.parsed(expression)
         steps = _steps(cast("dict[str, Any]", expressed.parsed))
         # `get` yields ABSENT when the path leads nowhere, and raises Malformed when it cannot be evaluated
         self.get: Callable[[Document], Any] = _walk(steps) if steps else _search(expressed, self.name)
