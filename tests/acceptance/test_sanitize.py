@@ -9,6 +9,7 @@ import boto3
 from fixtures.bridge import Bridge
 from fixtures.clock import until
 from fixtures.postgres import Database
+from fixtures.running import Running
 
 CONFIG = """
 legacy: {dsn: "${LEGACY_DSN}", slot: %(slot)s, tables: [shop.people, shop.orders], failover: false}
@@ -74,3 +75,33 @@ def test_nothing_forbidden_leaves_the_process(database: Database, aws_endpoint: 
         ),
         ("shop.orders", "leave as they are: id"),
     ]
+
+
+def test_a_table_renamed_while_no_bridge_runs_leaves_by_its_rules(database: Database, tmp_path: Path) -> None:
+    def rules(*names: str) -> str:
+        former = f", former-names: [{', '.join(names[1:])}]" if names[1:] else ""
+        return f"slot-guard: table\nselect:\n  - {{table: {names[0]}, exclude: [ssn]{former}}}"
+
+    database.execute("CREATE TABLE people (id int PRIMARY KEY, ssn text)")
+    before = Running(database.dsn, database.slot, tmp_path, "public.people", forward=rules("public.people"))
+    before.command("init")
+    database.execute("INSERT INTO people VALUES (1, 'secret')")
+    database.execute("ALTER TABLE people RENAME TO folk")
+    database.execute("INSERT INTO folk VALUES (2, 'secret')")
+    assert "former-names" in before.command("check", 2)
+
+    running = Running(database.dsn, database.slot, tmp_path, "public.folk", forward=rules("public.folk"))
+    running.command("init")
+    with running.bridge as bridge:
+        assert bridge.wait() == 1
+        assert "public.people" in bridge.log
+        assert running.lines == []
+    running.configure(rules("public.folk", "public.people"))
+    with running.bridge as bridge:
+        bridge.until_ready()
+        details = [it["detail"] for it in running.until_events(3)]
+        assert [it.get("after") for it in details] == [{"id": 1}, None, {"id": 2}]
+        assert details[1]["op"] == "schema.changed"
+        assert bridge.terminate() == 0
+    assert b"secret" not in running.events_path.read_bytes()
+    assert b"ssn" not in running.events_path.read_bytes()

@@ -280,6 +280,98 @@ def test_a_column_that_became_text_stops_the_bridge_if_it_is_compared_with_a_num
     assert {it["key"]["id"] for it in details} >= {2}
 
 
+THING = "CREATE SCHEMA s; CREATE TABLE s.thing (id int PRIMARY KEY, ssn text)"
+SWAPPED = """
+CREATE TABLE s.new (LIKE s.thing INCLUDING ALL); ALTER TABLE s.thing RENAME TO thing_old;
+ALTER TABLE s.new RENAME TO thing; ALTER PUBLICATION pub ADD TABLE s.thing
+"""
+
+
+@pytest.mark.parametrize(
+    ("ddl", "name"),
+    [
+        ("ALTER TABLE s.thing RENAME TO thing9", "s.thing9"),
+        ("ALTER TABLE s.thing SET SCHEMA public", "public.thing"),
+        ("ALTER SCHEMA s RENAME TO s9", "s9.thing"),
+        (SWAPPED, "s.thing_old"),
+    ],
+)
+def test_a_renamed_table_stops_the_bridge_before_its_rows_leave(database: Database, ddl: str, name: str) -> None:
+    database.execute(f"{THING}; CREATE PUBLICATION pub FOR TABLE s.thing")
+    database.create_slot()
+    rules = {"table": "s.thing", "exclude": ["ssn"], "where": "id > `0`"}
+    with Forward(database, select=[select(**rules)]) as forward:
+        database.execute("INSERT INTO s.thing VALUES (1, 'secret')")
+        forward.until_events(1)
+        database.execute(ddl)
+        database.execute(f"INSERT INTO {name} VALUES (2, 'secret'), (-2, 'secret')")
+        failure = forward.ended()
+        assert [it["key"]["id"] for it in forward.sink.details] == [1]
+    assert isinstance(failure, CannotSanitize)
+    assert name in str(failure)
+    assert "former-names" in failure.hint
+    # the way out: the new name, and the old one beside it; rows of both may be there still
+    now, former = ("s.thing", name) if ddl is SWAPPED else (name, "s.thing")
+    with Forward(
+        database, messages=[FENCE], select=[select(**rules | {"table": now, "former-names": [former]})]
+    ) as forward:
+        details = settled(forward)
+    assert {it["key"]["id"] for it in details} - {1} == {2}
+    assert all(list(it["after"]) == ["id"] for it in details)
+
+
+def test_so_do_rows_that_come_under_the_name_of_a_partition(each_database: Database) -> None:
+    each_database.execute(f"{THING} PARTITION BY RANGE (id); CREATE TABLE s.part PARTITION OF s.thing DEFAULT")
+    each_database.execute("CREATE PUBLICATION pub FOR TABLE s.thing WITH (publish_via_partition_root = true)")
+    each_database.create_slot()
+    with Forward(each_database, select=[select(table="s.thing", exclude=["ssn"])]) as forward:
+        each_database.execute("INSERT INTO s.thing VALUES (1, 'secret')")
+        forward.until_events(1)
+        each_database.execute("ALTER PUBLICATION pub SET (publish_via_partition_root = false)")
+        each_database.execute("INSERT INTO s.thing VALUES (2, 'secret')")
+        failure = forward.ended()
+    assert isinstance(failure, CannotSanitize)
+    assert "s.part" in str(failure)
+
+
+def test_what_was_written_under_a_former_name_obeys_the_rules_of_the_new_one(each_database: Database) -> None:
+    each_database.execute(f"{THING}; CREATE PUBLICATION pub FOR TABLE s.thing")
+    each_database.create_slot()
+    each_database.execute("INSERT INTO s.thing VALUES (1, 'secret'), (-1, 'secret')")
+    each_database.execute("ALTER TABLE s.thing RENAME TO thing9")
+    each_database.execute("INSERT INTO s.thing9 VALUES (2, 'secret'), (-2, 'secret')")
+    rules = {"table": "s.thing9", "exclude": ["ssn"], "where": "id > `0`"}
+    with Forward(each_database, select=[select(**rules)]) as forward:
+        assert isinstance(forward.ended(), CannotSanitize)
+        assert not forward.sink.events
+    with Forward(each_database, messages=[FENCE], select=[select(**rules | {"former-names": ["s.thing"]})]) as forward:
+        details = settled(forward)
+    assert [(it["table"], it["after"]) for it in details] == [("thing", {"id": 1}), ("thing9", {"id": 2})]
+
+
+def test_a_renamed_outbox_stops_the_bridge_and_is_routed_under_both_names(database: Database) -> None:
+    database.execute(
+        "CREATE TABLE outbox (id int PRIMARY KEY, aggregate_type text, aggregate_id text, type text, payload jsonb)"
+    )
+    database.execute("CREATE PUBLICATION pub FOR TABLE outbox")
+    database.create_slot()
+    event = "VALUES (%s, 'order', '42', 'Paid', '{}')"
+    with Forward(database, outbox=OutboxSection.model_validate({"table": "public.outbox"})) as forward:
+        database.execute(f"INSERT INTO outbox {event}", [1])
+        forward.until_events(1)
+        database.execute("ALTER TABLE outbox RENAME TO outbox9")
+        database.execute(f"INSERT INTO outbox9 {event}", [2])
+        failure = forward.ended()
+        assert [it.detail_type for it in forward.sink.events] == ["Paid"]
+    assert isinstance(failure, CannotSanitize)
+    now = OutboxSection.model_validate({"table": "public.outbox9"})
+    both = select(table="public.outbox9", **{"former-names": ["public.outbox"]})
+    with Forward(database, messages=[FENCE], outbox=now, select=[both]) as forward:
+        details = settled(forward)
+    assert {it["outbox_id"] for it in details} - {1} == {2}
+    assert {it["type"] for it in details} == {"Paid"}
+
+
 def test_the_outbox_obeys_too(database: Database) -> None:
     database.execute(
         "CREATE TABLE outbox (id int PRIMARY KEY, aggregate_type text, aggregate_id text, type text, payload jsonb, "
@@ -358,6 +450,15 @@ def test_check_says_what_leaves(each_database: Database) -> None:
             ),
         )
     ]
+
+
+def test_check_says_that_a_table_with_rules_is_gone_and_how_to_go_on(database: Database) -> None:
+    database.execute("CREATE TABLE people9 (id int PRIMARY KEY)")
+    section = {"table": "public.people", "exclude": ["ssn"], "former-names": ["public.folk"]}
+    findings = inspect(config(database, {"select": [section]}), "init")
+    (found,) = [it for it in findings if it.where == f"{LEAVING}public.people"]
+    assert found.level == "error"
+    assert "former-names: [public.people, public.folk]" in found.remedy
 
 
 def test_a_column_that_a_key_only_includes_may_stay(database: Database) -> None:

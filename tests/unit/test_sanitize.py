@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -114,6 +115,18 @@ def test_a_column_that_is_gone_stops_everything() -> None:
     assert made.write([b"1", b"a", b"b"])[1] == b'{"id":1,"state":"b"}'
     with pytest.raises(CannotSanitize, match="'status'"):
         table(where="status == 'x'")
+
+
+def test_a_table_that_nobody_listed_stops_everything() -> None:
+    encoders = Encoders("safe", lambda _: None)
+    other = replace(RELATION, name="folk")
+
+    rules = Rules([select(exclude=["email"])], tables=[("shop", "people"), ("shop", "orders")])
+    with pytest.raises(CannotSanitize, match=r"shop\.folk"):
+        rules.of(other, encoders, frozenset({"id"}))
+    assert not rules.of(replace(RELATION, name="orders"), encoders, frozenset({"id"})).withheld
+    former = Rules([select(exclude=["email"], **{"former-names": ["shop.folk"]})], tables=[("shop", "people")])
+    assert former.of(other, encoders, frozenset({"id"})).withheld == {1}
 
 
 # --- predicates
@@ -285,6 +298,9 @@ def problem(forward: dict[str, Any], tables: tuple[str, ...] = ("shop.people",))
         ({"select": [{"table": "shop.people", "include": ["a"], "mask": ["b"]}]}, "not in include"),
         ({"select": [{"table": "shop.people", "where": "a ="}]}, "JMESPath"),
         ({"select": [{"table": "shop.people", "truncate": {"a": -1}}]}, "forward.select.0.truncate.a"),
+        ({"select": [{"table": "shop.people", "former-names": ["SHOP.people"]}]}, "twice"),
+        ({"select": [{"table": "shop.people", "former-names": ["shop.a", "shop.a"]}]}, "twice"),
+        ({"select": [{"table": "shop.people", "former-names": ["people"]}]}, "schema.table"),
         ({"hash": {"key": "hunter2"}}, "16 characters"),
         ({"outbox": {"table": "shop.people"}, "select": [{"table": "shop.people", "mask": ["payload"]}]}, "outbox"),
         ({"outbox": {"table": "shop.people"}, "select": [{"table": "shop.people", "where": "a"}]}, "outbox"),
@@ -295,3 +311,8 @@ def test_what_is_wrong_is_told_at_load(forward: dict[str, Any], words: str) -> N
 
     assert words in told
     assert "hunter2" not in told
+
+
+def test_a_former_name_is_no_table_of_the_file() -> None:
+    select = [{"table": "shop.people", "former-names": ["shop.folk"]}]
+    assert "an entry of its own" in problem({"select": select}, ("shop.people", "shop.folk"))

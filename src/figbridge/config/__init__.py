@@ -201,6 +201,12 @@ class Config(Section):
         for section in self.forward.select if self.forward and self.database else ():
             if split_table(section.table) not in published:
                 raise ValueError(f"forward.select names {section.table}, which is none of legacy.tables; mend the name")
+            for text, former in zip(section.former_names, section.names[1:], strict=True):
+                if former in published:
+                    raise ValueError(
+                        f"forward.select names {text} as a former name of {section.table}, and it is one of "
+                        "legacy.tables; give it an entry of its own"
+                    )
         return self
 
     @property

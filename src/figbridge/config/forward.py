@@ -310,9 +310,13 @@ class ForwardSection(Section):
     def _selects(self) -> Self:
         seen: set[tuple[str, str]] = set()
         for section in self.select:
-            name = split_table(section.table)
+            name, *former = section.names
             if name in seen:
                 raise ValueError(f"select has two entries for {section.table}; make them one")
+            for text, other in zip(section.former_names, former, strict=True):
+                if other in {*seen, name}:
+                    raise ValueError(f"select names {text} twice; a table has one entry, and a name one table")
+                seen.add(other)
             seen.add(name)
             if section.hash and self.hash is None:
                 raise ValueError(

@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from figbridge import predicate
-from figbridge.config.fields import Column, FilePath, Section, TableName
+from figbridge.config.fields import Column, FilePath, Section, TableName, split_table
 from figbridge.config.transports import SinkSection
 
 _SHORTEST: Final = 16  # characters; a shorter key would be found by trying
@@ -58,6 +58,12 @@ class SelectSection(Section):
     """Of one table: which columns leave, in what form, and which rows."""
 
     table: TableName = Field(description="The table, as schema.table; one of legacy.tables.")
+    former_names: tuple[TableName, ...] = Field(
+        (),
+        alias="former-names",
+        description="Other names under which its rows may still come, as schema.table: from before it was renamed, or "
+        "of its partitions. The same rules hold for them. None of them is in legacy.tables.",
+    )
     include: tuple[Column, ...] | None = Field(
         None, description="Only these columns leave; a column that is added later stays, too."
     )
@@ -94,6 +100,11 @@ class SelectSection(Section):
         if self.include is not None and (lost := [it for it, _ in self._treated() if it not in self.include]):
             raise ValueError(f"the column {lost[0]!r} stays, as it is not in include; add it there, or remove it here")
         return self
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(schema, table) of the table, then of its former names."""
+        return [split_table(it) for it in (self.table, *self.former_names)]
 
     @property
     def treatments(self) -> dict[str, str]:

@@ -81,7 +81,7 @@ class Outbox:
 
     def routes(self, relation: Relation) -> bool:
         """Whether the rows of this table go through `event`. To be asked once for each description of a table."""
-        return (relation.schema, relation.name) == self._name
+        return self._rules.present(relation) == self._name
 
     def event(self, change: Change, begin: Begin, identity: str) -> Event | Rejection | None:
         """The event of a row of the outbox table; None for anything but an insert.

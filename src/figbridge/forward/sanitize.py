@@ -6,14 +6,15 @@
     where                the row leaves only if it holds
 
 INVARIANT. A rule that cannot be kept stops the bridge: a column that is named and not there may have been renamed, and
-would leave under its new name. And no two rows become one: where what leaves of a key does not tell rows apart, order
-is kept by a keyed hash of the whole key, which also is the partition key that the sink is given.
+would leave under its new name; so would a table whose name nobody listed. And no two rows become one: where what
+leaves of a key does not tell rows apart, order is kept by a keyed hash of the whole key, which also is the partition
+key that the sink is given.
 
 NULL leaves as null, whatever the rule: that there is no value is no value.
 """
 
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any, Final
@@ -22,19 +23,26 @@ import orjson
 
 from figbridge import digits
 from figbridge.change import UNCHANGED, Change, Operation, Relation, Row
-from figbridge.config import HashSection, SelectSection, split_table
+from figbridge.config import HashSection, SelectSection
 from figbridge.errors import BridgeError
 from figbridge.forward import values
 from figbridge.forward.values import Encoder, Encoders
 from figbridge.predicate import Kind, Predicate, compiled
 
 _MASKED: Final = b'"***"'
+Name = tuple[str, str]  # (schema, table)
 _LAST_DIGIT: Final = ord("9")
 # of other types, such as json, values may be of any kind
 _KINDS: Final[dict[Encoder, Kind]] = {
     values.raw: "number", values.exact_number: "number", values.float_: "number", values.boolean: "boolean",
     values.text: "string", values.char: "string", values.timestamp: "string", values.timestamptz: "string",
 }  # fmt: skip
+_UNKNOWN: Final = (
+    "if it was renamed, name it anew in legacy.tables, forward.select and forward.outbox, and list its old name under "
+    "former-names of its entry in forward.select. If it is a partition, list it there, too, and let the publication "
+    "have publish_via_partition_root. If it is another table, add it to legacy.tables, with rules of its own. Nothing "
+    "of it leaves until then"
+)
 NOT_DECIDED: Final = "FilterNotDecided"  # the code of such a rejection
 
 
@@ -167,25 +175,44 @@ _NONE: Final = Treatment()
 
 
 class Rules:
-    """The rules of all tables. `dropped` is told the table of each change that a predicate keeps back."""
+    """The rules of all tables. `dropped` is told the table of each change that a predicate keeps back.
+
+    `tables` are the names of those that leave: of any other nobody knows by which rules. None: any may.
+    """
 
     def __init__(
         self,
         sections: Sequence[SelectSection] = (),
         hashing: HashSection | None = None,
         dropped: Callable[[str], None] = lambda _table: None,
+        *,
+        tables: Collection[Name] | None = None,
     ) -> None:
-        self._sections = {split_table(section.table): section for section in sections}
+        self._sections = {name: section for section in sections for name in section.names}
+        self._tables = tables
         self._hashing = Hashing(hashing) if hashing else None
         self._dropped = dropped
+
+    def present(self, relation: Relation) -> Name:
+        """The name that the table has now, of one that may come under a former name."""
+        name = (relation.schema, relation.name)
+        section = self._sections.get(name)
+        return section.names[0] if section else name
 
     def of(self, relation: Relation, encoders: Encoders, keys: frozenset[str], *, unveiled: bool = False) -> Treatment:
         """What is done with the table. Raises CannotSanitize, and what `encoders` raises.
 
         `unveiled`: nothing depends on telling its rows apart.
         """
-        section = self._sections.get((relation.schema, relation.name))
+        name = (relation.schema, relation.name)
+        section = self._sections.get(name)
         if section is None:
+            if self._tables is not None and name not in self._tables:
+                raise CannotSanitize(
+                    f"there is a change of {relation}, which is none of legacy.tables: it may be one of them by "
+                    "another name, and would leave without what forward.select and forward.outbox say of it",
+                    hint=_UNKNOWN,
+                )
             return _NONE
         names = [column.name for column in relation.columns]
         if section.missing_columns == "stop" and (missing := section.missing(names)):

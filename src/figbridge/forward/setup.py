@@ -127,7 +127,7 @@ def open_loops(
     form: Form = "debezium" if section.format == "debezium" else "native"
     naming = Naming(server.database, section.source, section.detail_type, section.resources, form)
     encoders = Encoders(section.numbers, partial(legacy.type_description, dsn))
-    rules = Rules(section.select, section.hash, lambda table: metrics.filtered.labels(table).inc())
+    rules = _rules(config, section, metrics)
     outbox = _outbox(section.outbox, server, encoders, rules, metrics) if section.outbox else None
     # logical messages pass pgoutput since 14
     beating = section.heartbeat_seconds > 0 and server.version >= 140000
@@ -207,6 +207,12 @@ def open_loops(
     if config.reverse:
         loops.append(CanaryAnswers(echo.canaries, lambda nonce: canary.answer(dsn, nonce)))
     return loops
+
+
+def _rules(config: Config, section: ForwardSection, metrics: Metrics) -> Rules:
+    by_name = bool(section.select or (section.outbox and section.outbox.table))
+    tables = {split_table(it) for it in config.legacy.tables} if by_name else None
+    return Rules(section.select, section.hash, lambda table: metrics.filtered.labels(table).inc(), tables=tables)
 
 
 def _outbox(section: OutboxSection, server: Server, encoders: Encoders, rules: Rules, metrics: Metrics) -> Outbox:

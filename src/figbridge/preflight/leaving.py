@@ -26,16 +26,27 @@ def probe(connection: psycopg.Connection, section: ForwardSection, names: Sequen
     selects = {split_table(it.table): it for it in section.select}
     tables = catalogue.tables(connection, names)
     for name in names:
-        if name not in tables:
-            continue  # which is a finding already
+        place, select = f"{LEAVING}{spell(*name)}", selects.get(name)
+        if name not in tables:  # which is a finding already
+            if select is not None:
+                yield _gone(place, select)
+            continue
         kinds, keys = _columns(connection, name)
         columns = list(kinds)
-        place, select = f"{LEAVING}{spell(*name)}", selects.get(name)
         if select is None:
             yield ok(place, f"leave as they are: {_listed(columns)}")
             continue
         problems = [*_problems(place, section, select, kinds, keys)]
         yield from problems or [ok(place, _told(section, select, columns))]
+
+
+def _gone(place: str, select: SelectSection) -> Finding:
+    return error(
+        place,
+        "forward.select has rules about it, and there is no such table",
+        "mend the name; if the table was renamed, name it anew in legacy.tables and forward.select, there with "
+        f"former-names: [{', '.join([select.table, *select.former_names])}], as rows from before come under that name",
+    )
 
 
 def _told(section: ForwardSection, select: SelectSection, columns: Sequence[str]) -> str:

@@ -4,7 +4,7 @@ A publication may hold less than the whole truth only loudly: what it leaves out
 later could notice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Final
 
 import psycopg
@@ -33,7 +33,8 @@ def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name],
     publication = catalogue.publication(connection, section.publication)
     slot = catalogue.slot(connection, section.slot)
     remedy = _renewed(slot) if slot and slot.here else _INIT
-    yield from _publication(section.publication, publication, names, PUBLISHED, stage, remedy=remedy)
+    former = {name for it in (config.forward.select if config.forward else ()) for name in it.names}
+    yield from _publication(section.publication, publication, names, PUBLISHED, stage, remedy=remedy, former=former)
     if publication:
         yield from _partitions(section.publication, publication, tables)
     inbox = catalogue.publication(connection, section.inbox_publication) if with_inbox else None
@@ -74,8 +75,9 @@ def _publication(
     stage: Stage,
     *,
     remedy: str = _INIT,
+    former: Collection[Name] = (),
 ) -> Iterator[Finding]:
-    """`remedy` is what to do if it is not there."""
+    """`remedy` is what to do if it is not there. Tables may also have one of the `former` names."""
     place = f"publication {spell(name)}"
     if found is None:
         yield ok(place, "will be made") if stage == "init" else error(place, "does not exist", remedy)
@@ -85,7 +87,7 @@ def _publication(
     if missing and stage == "run" and not found.all_tables:
         listed = ", ".join(spell(*table) for table in missing)
         findings.append(error(place, f"does not publish {listed}: no change of it would leave", _INIT))
-    findings.extend(unconfigured(name, table) for table in sorted(found.tables.difference(names)))
+    findings.extend(unconfigured(name, table) for table in sorted(found.tables.difference(names, former)))
     yield from findings
     if not any(finding.level == "error" for finding in findings):
         yield ok(place, f"publishes {len(found.tables)} tables")
@@ -99,7 +101,8 @@ def unconfigured(name: str, table: Name) -> Finding:
     """
     return warning(
         f"publication {spell(name)}",
-        f"also publishes {spell(*table)}, which the configuration does not name",
+        f"also publishes {spell(*table)}, which the configuration does not name; with forward.select, or an outbox "
+        "table, its first change stops the bridge",
         f"add it to legacy.tables; or, while the bridge has nothing left to deliver (it changes the ids of "
         f"undelivered transactions): ALTER PUBLICATION {quote(name)} DROP TABLE {quote(*table)};",
     )
