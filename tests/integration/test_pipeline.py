@@ -400,3 +400,16 @@ def test_waiting_reads_nothing(database: Database) -> None:
 def _resident() -> int:
     """Bytes. https://man7.org/linux/man-pages/man5/proc_pid_statm.5.html"""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.pg(">= 15")
+def test_what_the_server_can_never_send_is_not_hammered_and_the_bridge_is_not_ready(database: Database) -> None:
+    prepared(database, publication="FOR TABLE thing WHERE (10 / (id - 5) > -100)")
+    with Forward(database) as forward:
+        database.execute("INSERT INTO thing VALUES (1)")
+        forward.until_events(1)
+        database.execute("INSERT INTO thing VALUES (5)")
+        until(lambda: forward.metric("forward_connections_total") >= 4)
+        assert forward.metric("ready", part="forward") == 0
+        assert forward.failure is None
+        assert [it["key"]["id"] for it in forward.sink.details] == [1]

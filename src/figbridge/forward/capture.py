@@ -6,6 +6,7 @@ bug: the server cuts the connection of a client that is merely waiting for its s
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from figbridge.forward.decode import Decoder, Message
 from figbridge.forward.echo import EchoFilter
 from figbridge.forward.handover import Handover
 from figbridge.forward.heartbeat import Heartbeats
+from figbridge.forward.interruption import Interruptions
 from figbridge.forward.messages import Messages
 from figbridge.forward.pingpong import held
 from figbridge.forward.shape import Shaper
@@ -48,8 +50,7 @@ _log = structlog.get_logger()
 
 _BATCH = 500  # events, about, that are handed over while more keep coming; fewer would wake the other loop too often
 _STOP_LATENCY = 0.5  # at most this long until a quiet loop sees that it is to stop
-_RECONNECT = 0.2  # seconds before a new connection after a lost one; failures to connect back off further
-_LOOK_AGAIN = 2.0  # seconds between two such failures, at most: an application comes back from a failover as soon
+_LOOK_AGAIN = 2.0  # seconds between two failures to connect, at most: an application comes back from a failover as soon
 
 
 @dataclass(slots=True)
@@ -100,6 +101,8 @@ class Capture:
         self._halt = halt
         self._handover = Handover(shaper, echo, buffer, checkpoint, metrics)
         self._status = Status(source, checkpoint, heartbeats, metrics)
+        self._interruptions = Interruptions()
+        self._ready = metrics.ready.labels("forward")
 
     def run(self, stop: threading.Event) -> None:
         """Stream until `stop`, through any number of connections; then drain, acknowledge and end.
@@ -107,7 +110,7 @@ class Capture:
         A new connection goes on behind the last commit that was handed over, so what waits in the buffer is not read
         twice; the slot alone decides what a new process reads.
         """
-        ready = self._metrics.ready.labels("forward")
+        ready, interruptions = self._ready, self._interruptions
         try:
             while True:
                 while self._source.in_danger and self._buffer.full and not stop.is_set():
@@ -122,7 +125,8 @@ class Capture:
                     timeline=self._source.identity.timeline,
                     after=str(self._checkpoint.tracked),
                 )
-                ready.set(1)
+                ready.set(not interruptions.stuck)
+                interruptions.opened(self._checkpoint.tracked, time.monotonic())
                 if self._heartbeats:
                     self._heartbeats.opened()
                 self._windows.streaming = True
@@ -132,9 +136,8 @@ class Capture:
                     if not error.retryable:
                         raise
                     ready.set(0)
-                    _log.warning("replication interrupted", error=str(error), hint=error.hint or None)
                     self._closed()
-                    stop.wait(_RECONNECT)  # a server that accepts and cuts at once must not be hammered
+                    stop.wait(interruptions.seconds(error, self._checkpoint.tracked, time.monotonic()))
                 else:
                     return
         finally:
@@ -172,6 +175,8 @@ class Capture:
         while not stop.is_set():
             asked = self._read_what_arrived(opened)
             status.send(at_once=asked)
+            if self._interruptions.moved(self._checkpoint.tracked):
+                self._ready.set(1)
             self._source.wait(min(_STOP_LATENCY, status.until_due()), reading=not self._buffer.full)
         self._buffer.close()
         _log.info("stopped reading, draining", batches=self._checkpoint.pending)

@@ -29,6 +29,7 @@ import time
 
 import psycopg
 import structlog
+from psycopg import conninfo, pq
 
 from figbridge import legacy
 from figbridge.change import Lsn
@@ -52,6 +53,7 @@ class SlotGuard:
         self._incarnation = Incarnation(slot, table=table)
         self._moving = threading.Lock()
         self.in_danger = False  # of being lost at the next checkpoint, when it was looked at last
+        self.shutting_down = False  # the server of the stream lets nobody in any more, and waits for us
         self.bound = Bound()
         self.streaming = False
         self.taken = 0  # how often this process has begun to stream
@@ -69,6 +71,15 @@ class SlotGuard:
     def connect(self) -> psycopg.Connection:
         """An ordinary connection for this guard. Raises LegacyUnavailable or BridgeError."""
         return legacy.connect(self._dsn, purpose="slot-guard", autocommit=True, patience=legacy.BRIEF)
+
+    def turned_away(self) -> bool:
+        """Whether the server says of itself that it lets nobody in now (57P03): it stops, or starts.
+
+        libpq alone knows: while a connection is being opened it gives no SQLSTATE away, and the text may be in any
+        language. https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PQPING
+        """
+        dsn = conninfo.make_conninfo(self._dsn, **legacy.socket_settings(self._dsn))
+        return pq.PGconn.ping(dsn.encode()) == pq.Ping.REJECT
 
     def look(self, connection: psycopg.Connection) -> Slot:
         """The slot, if it is there, ours, and has its WAL. Raises SlotGap or SlotLost with what to do."""
@@ -113,7 +124,7 @@ class SlotGuard:
             self.bound.freeze(confirmed)
             self._incarnation.identity, self._incarnation.others = identity, False
             self._move(connection, self.bound.target(time.monotonic()), taking=True)
-            self.streaming = True
+            self.streaming, self.shutting_down = True, False
             self.taken += 1
 
     def require_ours(self, connection: psycopg.Connection, identity: Identity, start: Lsn) -> None:

@@ -22,6 +22,7 @@ from figbridge.preflight import catalogue
 _log = structlog.get_logger()
 
 _UNREAD: Final = 10.0  # seconds without reading; a sink that is merely slow makes room again sooner
+_LAST: Final = 5.0  # seconds to take and confirm what a server that shuts down has still to send
 
 # Makes a slot in the place of one that is lost and orders the backfill; where the slot begins. Raises BridgeError.
 Recreate = Callable[[SlotGap], Lsn]
@@ -48,6 +49,7 @@ class GuardedSource(ReplicationSource):
         self._asked = (Lsn(0), Lsn(0))
         self._sent = Lsn(0)
         self._unread_since = 0.0
+        self._ending_since = 0.0
 
     @property
     def recreates(self) -> bool:
@@ -114,12 +116,21 @@ class GuardedSource(ReplicationSource):
         super().wait(timeout, reading=reading)
 
     def _let_go(self, *, reading: bool) -> None:
-        """Close a connection that is not read while the slot is about to be lost.
+        """Close a connection that is not read while the slot is about to be lost, and one that holds up a shutdown.
 
         The checkpoint that takes the slot away waits until its walsender has ended, and a walsender whose client reads
         nothing cannot end: it has a last message to send. No checkpoint of the legacy server may wait for our sink.
+        Nor may its shutdown: that waits, without an end, until we have confirmed all that there is.
         """
         now, self.in_danger = time.monotonic(), self._guard.in_danger
+        if not self._guard.shutting_down:
+            self._ending_since = now
+        elif now - self._ending_since > _LAST:
+            self.disconnect()
+            raise SourceDisconnected(
+                "the server shuts down, and waits for what the sink has not taken yet",
+                hint="nothing is lost: the slot keeps our place. The bridge comes back with the server",
+            )
         if reading:
             self._unread_since = now
         elif self.in_danger and now - self._unread_since > _UNREAD:

@@ -39,6 +39,11 @@ _KEEPALIVE: Final = struct.Struct(">xQqB")  # end LSN, send time, reply requeste
 _STATUS: Final = struct.Struct(">cQQQqB")  # 'r', written, flushed, applied, time, reply requested
 _EPOCH_SECONDS: Final = 946_684_800  # 2000-01-01, the protocol's epoch
 
+# Classes of SQLSTATE with which a stream ends that the next one need not end with: connection, transaction state,
+# conflict with recovery on a standby, resources, object in use, operator, input and output.
+# https://www.postgresql.org/docs/current/errcodes-appendix.html
+_PASSING: Final = ("08", "25", "40", "53", "55", "57", "58")
+
 # What `values` and `_hear` rely on. The walsender prints values under these settings of its session.
 SETTINGS: Final = (
     "-c datestyle=ISO -c intervalstyle=postgres -c extra_float_digits=3 -c bytea_output=hex -c timezone=UTC "
@@ -330,6 +335,15 @@ class ReplicationSource:
                 )
             case "0A000" | "42501" | "42601" | "22023":
                 return SourceError(text, hint="`figbridge check` says what is missing")
+            case str() if self._streaming and not state.startswith(_PASSING):
+                failed = SourceDisconnected(
+                    f"the server cannot send the stream: {text} (SQLSTATE {state})",
+                    hint="if it is one change that it fails at each time (a row too large for a message, a filter of the "
+                    "publication that fails), nothing behind it leaves, and only a new slot helps: "
+                    f"SELECT pg_drop_replication_slot('{self._slot}'); then `figbridge init`, and copy the tables anew",
+                )
+                failed.urgent = True
+                return failed
             case _:
                 why = self._liveness.ended(time.monotonic()) if self._streaming else ""
                 text = f"{text} ({why})" if why else text

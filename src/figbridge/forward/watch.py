@@ -5,10 +5,14 @@ bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere 
 made anew, or misses a table of the file, or an operation. From PostgreSQL 18 on the server leaves the changes of such a
 table out without a word, and an operation on every version, so nobody else would notice.
 
+It is also the one to notice that the server shuts down: that ends idle connections like this loop's, but a walsender
+only when its client has confirmed everything, which a sink that is away could hold up for ever (`GuardedSource`).
+
 It judges only the server that the stream comes from. A replica that waits for the slot exports the slot's gauges too.
 """
 
 import math
+import select
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +23,7 @@ import structlog
 
 from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import SlotGap, SlotLost, SourceError
+from figbridge.errors import LegacyUnavailable, SlotGap, SlotLost, SourceError
 from figbridge.forward.guard import SlotGuard, place_of
 from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.incarnation import Place
@@ -72,7 +76,14 @@ class SlotWatch:
             self._drop()
 
     def _due(self) -> bool:
-        return time.monotonic() >= self._next_look or self._guard.taken != self._looked_at
+        return time.monotonic() >= self._next_look or self._guard.taken != self._looked_at or self._spoken_to()
+
+    def _spoken_to(self) -> bool:
+        """Whether the server has said something unasked over our idle connection, as when it ends it."""
+        connection = self._connection
+        return connection is not None and (
+            connection.closed or bool(select.select([connection.pgconn.socket], [], [], 0)[0])
+        )
 
     def _round(self) -> None:
         try:
@@ -89,7 +100,13 @@ class SlotWatch:
 
     def _connected(self) -> tuple[psycopg.Connection, Place]:
         if self._connection is None or self._place is None:
-            self._connection = self._guard.connect()
+            try:
+                self._connection = self._guard.connect()
+            except LegacyUnavailable:
+                if self._guard.streaming and self._guard.turned_away():
+                    self._guard.shutting_down = True
+                    self._source.wake()
+                raise
             self._place = place_of(self._connection)
         return self._connection, self._place
 
