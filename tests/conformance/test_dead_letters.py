@@ -1,6 +1,7 @@
 """The stores of dead letters: the suite on each, and what only one of them does."""
 
 import contextlib
+import errno
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -294,6 +295,18 @@ def test_a_file_that_may_not_be_written_fails_the_check(tmp_path: Path) -> None:
     with pytest.raises(SinkRefused) as caught:
         File(tmp_path).open().check()
     assert caught.value.hint
+
+
+def test_a_file_system_that_is_read_only_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(_fd: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))  # as after a fault of the disk below it
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(SinkRefused) as caught:
+        File(tmp_path).open().add([letter(1)])
+    assert "mounted for writing" in caught.value.hint
 
 
 # --- S3

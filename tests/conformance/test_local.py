@@ -314,6 +314,50 @@ def test_a_locked_bus_is_unavailable_for_the_time_being(
         assert numbers(drain(source, 2)) == [1, 2]
 
 
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_bus_that_is_moved_away_is_noticed_and_one_is_begun_in_its_place(
+    sink: LocalSink, path: Path, *, removed: bool
+) -> None:
+    sink.publish([event(0)])
+    with subscribed(path) as source:
+        (old,) = source.receive(wait=0)
+        if removed:
+            path.unlink()
+        else:
+            path.rename(path.with_name("elsewhere.sqlite"))
+        with pytest.raises(SinkUnavailable, match="moved or removed"):
+            sink.publish([event(1)])
+        sink.publish([event(1)])  # as who has no answer does
+        with pytest.raises(QueueUnavailable, match="moved or removed"):
+            source.receive(wait=0)
+        (new,) = source.receive(wait=0)
+        assert number(new.body) == 1
+        old.ack()  # it has the same number as the new one
+        source.acknowledge([old])
+    with subscribed(path) as source:
+        assert numbers(drain(source, 1)) == [1]
+    with subscribed(path, "another") as source:
+        assert numbers(drain(source, 1)) == [1], "what the old one had not written back yet is not in the new one"
+
+
+def test_a_bus_that_is_moved_away_while_it_is_written_to_has_confirmed_nothing(
+    sink: LocalSink, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = busfile._begin
+
+    def late(connection: sqlite3.Connection) -> None:
+        begin(connection)
+        path.rename(path.with_name("elsewhere.sqlite"))
+
+    monkeypatch.setattr(busfile, "_begin", late)
+    with pytest.raises(SinkUnavailable, match="moved or removed"):
+        sink.publish([event(0)])
+    monkeypatch.undo()
+    sink.publish([event(0)])
+    with subscribed(path) as source:
+        assert numbers(drain(source, 1)) == [0]
+
+
 def test_a_full_disk_is_unavailable_and_nothing_is_half_published(sink: LocalSink, path: Path) -> None:
     sink.publish([event(1)])
     many = [event(n, detail=b'{"id":"%%b","n":%d,"fill":"%b"}' % (n, b"x" * 4000)) for n in range(2, 300)]

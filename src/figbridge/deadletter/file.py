@@ -7,6 +7,7 @@ one may be put in its place.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 from collections.abc import Generator, Sequence
@@ -134,4 +135,6 @@ def _translated(error: OSError, path: Path) -> BridgeError:
     what = f"the dead letters' file {path}: {error.strerror or error}"
     if isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError | IsADirectoryError):
         return SinkRefused(what, hint="mend the path, or let the bridge's user write there")
+    if error.errno == errno.EROFS:
+        return SinkRefused(what, hint="name a file on a file system that is mounted for writing")
     return SinkUnavailable(what, hint="make room on its file system; nothing is lost meanwhile")

@@ -338,7 +338,7 @@ class ReplicationSource:
             case str() if self._streaming and not state.startswith(_PASSING):
                 failed = SourceDisconnected(
                     f"the server cannot send the stream: {text} (SQLSTATE {state})",
-                    hint="if it is one change that it fails at each time (a row too large for a message, a filter of the "
+                    hint="if it fails at one change each time (a row too large for a message, a filter of the "
                     "publication that fails), nothing behind it leaves, and only a new slot helps: "
                     f"SELECT pg_drop_replication_slot('{self._slot}'); then `figbridge init`, and copy the tables anew",
                 )

@@ -11,6 +11,7 @@ Refuses a file that is not a bus; an empty one too, because its maker may be abo
 """
 
 import contextlib
+import fcntl
 import os
 import sqlite3
 import threading
@@ -84,6 +85,8 @@ class BusFile:
         self._passing = passing
         self._refused = refused
         self._connection: sqlite3.Connection | None = None
+        self._file = (0, 0)  # which file the connection has open
+        self.opened = 0  # how often one was: each is a bus of its own, with numbers of its own
         self._closed = False
         # SQLite does not forgive a close in the middle of a statement; this makes it wait
         self._lock = threading.RLock()
@@ -97,6 +100,9 @@ class BusFile:
             try:
                 if self._connection is None:
                     self._connection = self._open()
+                    self._file = _identity(self._path)
+                    self.opened += 1
+                self._require_same()
                 yield self._connection
             except sqlite3.Error as error:
                 raise self._translated(error) from error
@@ -113,19 +119,40 @@ class BusFile:
             _begin(connection)
             try:
                 yield connection
+                self._require_same()
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:  # SQLite has rolled it back already when the disk is full
+                # closed: the file was moved away; SQLite has rolled it back already when the disk is full
+                if self._connection is connection and connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+
+    def _require_same(self) -> None:
+        """Raise the passing error when the path leads to another file meanwhile, or to none; the next use opens it.
+
+        SQLite does not notice, and would go on with a file that nobody else can open.
+        """
+        try:
+            same = _identity(self._path) == self._file
+        except FileNotFoundError:
+            same = False
+        if not same:
+            self._let_go()
+            raise self._passing(
+                f"the bus {self._path} was moved or removed",
+                hint="a new one is begun in its place, if there is none. What it held is where it was moved to",
+            )
+
+    def _let_go(self) -> None:
+        if self._connection is not None:
+            self._connection.close()  # which undoes what was not committed
+            self._connection = None
 
     def close(self) -> None:
         """Close the file for good. May be called twice."""
         with self._lock:
             self._closed = True
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+            self._let_go()
 
     def _open(self) -> sqlite3.Connection:
         _create(self._path)
@@ -159,6 +186,11 @@ class BusFile:
                 hint="look for room on its disk and for a process that holds it; the bridge tries again",
             )
         return self._refused(f"the bus {self._path}: {error}", hint=_HINTS.get(code, "see sqlite.org/rescode.html"))
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _begin(connection: sqlite3.Connection) -> None:
@@ -204,7 +236,21 @@ def _create(path: Path) -> None:
             connection.executescript(_SCHEMA)
         finally:
             connection.close()
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)
+        with _alone(path.parent):
+            if not path.exists():
+                for suffix in ("-wal", "-shm"):  # of one that was moved away: SQLite would read them into the new one
+                    path.with_name(path.name + suffix).unlink(missing_ok=True)
+                os.link(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else makes a bus in `directory` inside."""
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

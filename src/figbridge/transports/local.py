@@ -102,6 +102,7 @@ class LocalSource:
         self._filter, self._arguments = _filter(sources)
         self._held: set[int] = set()  # handed out by us and not settled; empty at a start, so all of those come again
         self._frontier: int | None = None  # as it is in the file
+        self._opened = 0  # which of the bus's files that is about
         self._closed = threading.Event()
 
     def check(self) -> None:
@@ -114,6 +115,7 @@ class LocalSource:
         version: int | None = None
         while not self._closed.is_set():
             with self._bus.connected() as connection:
+                self._keep_up()
                 seen = connection.execute("PRAGMA data_version").fetchone()[0]
                 # a delay that has passed changes no data_version
                 if (seen != version or self._repeats(connection, 1)) and (found := self._take(connection)):
@@ -125,9 +127,15 @@ class LocalSource:
             self._closed.wait(min(_POLL, remaining))
         return ()
 
-    def settle(self, seq: int, *, again_at: float | None) -> None:
-        """For our deliveries: acknowledge (`again_at` None), or release until `again_at`, in seconds since 1970."""
+    def settle(self, seq: int, *, opened: int, again_at: float | None) -> None:
+        """For our deliveries: acknowledge (`again_at` None), or release until `again_at`, in seconds since 1970.
+
+        Nothing is done for one of a file that was moved away since it was the `opened`-th.
+        """
         with self._bus.transaction() as connection:
+            self._keep_up()
+            if opened != self._opened:
+                return
             if again_at is None:
                 connection.execute("DELETE FROM delivery WHERE subscriber = ? AND seq = ?", [self._subscriber, seq])
             else:
@@ -139,11 +147,15 @@ class LocalSource:
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """See `Source.acknowledge`; in one transaction."""
-        numbers = {delivery.seq for delivery in deliveries if isinstance(delivery, _LocalDelivery)}
-        if not numbers:
+        ours = [delivery for delivery in deliveries if isinstance(delivery, _LocalDelivery)]
+        if not ours:
             return
-        span = (self._subscriber, min(numbers), max(numbers))
         with self._bus.transaction() as connection:
+            self._keep_up()
+            numbers = {delivery.seq for delivery in ours if delivery.opened == self._opened}
+            if not numbers:
+                return
+            span = (self._subscriber, min(numbers), max(numbers))
             # nearly always they are all that there is from the first to the last: one statement, not one for each
             among = connection.execute(f"SELECT count(*) {_SPAN}", span).fetchone()[0]
             if among == len(numbers) and numbers <= self._held:
@@ -160,9 +172,16 @@ class LocalSource:
         self._closed.set()
         self._bus.close()
 
+    def _keep_up(self) -> None:
+        """What is known by heart is about the file that is open."""
+        if self._opened != self._bus.opened:
+            self._opened, self._frontier = self._bus.opened, None
+            self._held.clear()
+
     def _position(self) -> int:
         if self._frontier is None:
             with self._bus.transaction() as connection:
+                self._keep_up()
                 connection.execute("INSERT INTO subscriber VALUES (?, 0) ON CONFLICT DO NOTHING", [self._subscriber])
                 row = connection.execute("SELECT frontier FROM subscriber WHERE name = ?", [self._subscriber])
                 self._frontier = int(row.fetchone()[0])
@@ -200,7 +219,7 @@ class LocalSource:
             self._record([seq for seq, *_ in repeats], fresh[-1][0] if fresh else frontier, reached)
         found = [*repeats, *fresh]
         self._held.update([seq for seq, *_ in found])
-        return [_LocalDelivery(self, seq, attempts + 1, body) for seq, attempts, body in found]
+        return [_LocalDelivery(self, self._opened, seq, attempts + 1, body) for seq, attempts, body in found]
 
     def _record(self, repeats: Sequence[int], last: int, frontier: int) -> None:
         """Write that `repeats` are handed out again, and for the first time what is ours up to `last`."""
@@ -222,21 +241,22 @@ class LocalSource:
 class _LocalDelivery:
     """See `figbridge.transports.Delivery`."""
 
-    __slots__ = ("_source", "attempts", "body", "seq")
+    __slots__ = ("_source", "attempts", "body", "opened", "seq")
     lost = False  # nobody else has our place
     group = None
 
-    def __init__(self, source: LocalSource, seq: int, attempts: int, body: bytes) -> None:
+    def __init__(self, source: LocalSource, opened: int, seq: int, attempts: int, body: bytes) -> None:
         self._source = source
+        self.opened = opened
         self.seq = seq
         self.attempts = attempts
         self.body = body
 
     def ack(self) -> None:
-        self._source.settle(self.seq, again_at=None)
+        self._source.settle(self.seq, opened=self.opened, again_at=None)
 
     def nack(self, *, delay: float = 0.0) -> None:
-        self._source.settle(self.seq, again_at=time.time() + delay if delay > 0 else 0.0)
+        self._source.settle(self.seq, opened=self.opened, again_at=time.time() + delay if delay > 0 else 0.0)
 
 
 def _body(connection: sqlite3.Connection, seq: int) -> bytes:
