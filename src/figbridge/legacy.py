@@ -197,14 +197,8 @@ def every_digit(connection: psycopg.Connection) -> Iterator[None]:
     connection.execute("SET LOCAL extra_float_digits TO DEFAULT")  # after an error the transaction is over anyway
 
 
-def primary_key(dsn: str, schema: str, table: str) -> tuple[str, ...]:
-    """The columns of a table's primary key, in the key's order; empty without one. Raises as `connect`."""
-    with connect(dsn, purpose="catalogue", autocommit=True, patience=BRIEF) as connection, translated():
-        return primary_key_of(connection, schema, table)
-
-
 def primary_key_of(connection: psycopg.Connection, schema: str, table: str) -> tuple[str, ...]:
-    """As `primary_key`, over a connection that is there. Raises psycopg.Error."""
+    """The columns of a table's primary key, in the key's order; empty without one. Raises psycopg.Error."""
     rows = connection.execute(
         """
         SELECT a.attname

@@ -20,6 +20,7 @@ from figbridge.config import ForwardSection, HashSection, SelectSection
 from figbridge.contracts import Contract
 from figbridge.event import Event
 from figbridge.forward import contract
+from figbridge.forward.keys import PrimaryKeys
 from figbridge.forward.sanitize import Rules
 from figbridge.forward.shape import Shaper
 from figbridge.forward.table import Naming, Table
@@ -69,7 +70,7 @@ def contracts(report: Report) -> None:
 
 def _order() -> Event:
     relation = Relation(1, "shop", "orders", "d", tuple(Column(it[0], it[1], -1, it[0] == "id") for it in _COLUMNS))
-    shaper = Shaper(_NAMING, Encoders("safe", lambda _oid: None), lambda _relation: ("id",))
+    shaper = Shaper(_NAMING, Encoders("safe", lambda _oid: None), lambda _relation: PrimaryKeys(0, {}))
     shaper.begin(Begin(Lsn(0x175FCA0), datetime.now(UTC), 853), "7711325899416979304-figbridge-1")
     values = [it[2] for it in _COLUMNS]
     event = shaper.event(Change(Operation.UPDATE, relation, 0, None, False, values, False))

@@ -65,10 +65,10 @@ class Bench(Forward):
         self.tapped = Tapped(dsn, self.database.slot, publications)
         return self.tapped
 
-    def primary_key(self, dsn: str, relation: Relation) -> Any:
+    def primary_keys(self, dsn: str, relation: Relation) -> Any:
         known = self.__dict__.setdefault("known", {})
         if str(relation) not in known:
-            known[str(relation)] = super().primary_key(dsn, relation)
+            known[str(relation)] = super().primary_keys(dsn, relation)
         return known[str(relation)]
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from figbridge import canary, legacy
 from figbridge.change import Lsn, Relation
 from figbridge.demo.postgres import EmbeddedPostgres
 from figbridge.errors import LegacyUnavailable, SlotLost, SourceError
+from figbridge.forward.keys import PrimaryKeys
 from figbridge.forward.source import ReplicationSource
 from fixtures.clock import Stopwatch, until
 from fixtures.forward import Forward
@@ -310,11 +310,11 @@ class Forgetful(Forward):
 
     asked = 0
 
-    def primary_key(self, dsn: str, relation: Relation) -> Sequence[str]:
+    def primary_keys(self, dsn: str, relation: Relation) -> PrimaryKeys:
         self.asked += 1
         if self.asked == 1:
             raise LegacyUnavailable("no answer, says the test")
-        return super().primary_key(dsn, relation)
+        return super().primary_keys(dsn, relation)
 
 
 def test_what_was_read_and_not_handed_over_is_not_acknowledged(each_database: Database) -> None:

@@ -160,6 +160,16 @@ def test_a_changed_schema_voids_the_chunk(prepared: Database) -> None:
     assert len({it["schema_version"] for it in events}) == 1
 
 
+def test_a_key_that_moves_voids_the_chunk(prepared: Database) -> None:
+    """Under REPLICA IDENTITY FULL the stream describes the table as before."""
+    prepared.execute("ALTER TABLE thing REPLICA IDENTITY FULL, ALTER v SET NOT NULL")
+    moved = "ALTER TABLE thing DROP CONSTRAINT thing_pkey, ADD PRIMARY KEY (v); UPDATE thing SET id = 0 WHERE id = 3"
+    events = within(prepared, after=moved)
+    assert [(it["op"], it["key"]) for it in events] == [
+        ("update", {"v": 3}), *(("read", {"v": number}) for number in range(1, 11)),
+    ]  # fmt: skip
+
+
 def test_a_schema_that_changes_before_the_chunk_is_read(prepared: Database) -> None:
     events = within(prepared, before="ALTER TABLE thing DROP big")
     assert told(events) == [("read", id_) for id_ in range(1, 11)]

@@ -17,6 +17,7 @@ from figbridge.config import HashSection, SelectSection
 from figbridge.errors import DecodeError
 from figbridge.event import Event, Rejection
 from figbridge.forward.decode import Decoder
+from figbridge.forward.keys import PrimaryKeys
 from figbridge.forward.sanitize import Rules
 from figbridge.forward.shape import Shaper
 from figbridge.forward.source import PAYLOAD
@@ -90,7 +91,7 @@ class Both:
 
 def _way(described: bytes, naming: Naming, rules: Rules) -> tuple[Decoder, Shaper]:
     encoders = Encoders("safe", lambda _oid: None)
-    decoder, shaper = Decoder(), Shaper(naming, encoders, lambda _relation: (), rules=rules)
+    decoder, shaper = Decoder(), Shaper(naming, encoders, lambda _relation: PrimaryKeys(0, {}), rules=rules)
     decoder.feed(described, PAYLOAD)
     decoder.feed(b"B" + struct.pack(">QqI", 1, 2, 3))
     shaper.begin(_BEGIN, "7000-slot-1")

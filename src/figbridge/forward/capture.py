@@ -25,7 +25,7 @@ from figbridge.change import (
     timestamp,
 )
 from figbridge.errors import BridgeError, DecodeError, SlotInUse
-from figbridge.event import Event
+from figbridge.event import Event, Rejection
 from figbridge.forward.buffer import Buffer
 from figbridge.forward.checkpoint import Checkpoint
 from figbridge.forward.decode import Decoder, Message
@@ -269,10 +269,7 @@ class Capture:
             return
         if self._echo.ours:
             self._attribute(opened)
-        event = self._shaper.event(change)
-        if self._echo.holds(change) and isinstance(event, Event):
-            event = held(event)
-            self._metrics.ping_pongs.labels("forward").inc()
+        event = self._shaped(change)
         if change.unsent or self._shaper.announced or change.operation is Operation.TRUNCATE:
             handover.partial.add(change.relation.oid)
             if change.before_is_key and self._moves and opened.begin and event is not None:
@@ -284,6 +281,15 @@ class Capture:
             handover.events.append(event)
         elif event is not None:
             handover.refuse(event)
+
+    def _shaped(self, change: Change) -> Event | Rejection | None:
+        event = self._shaper.event(change)
+        if self._windows.open and self._shaper.table:
+            self._windows.named(change.relation.oid, self._shaper.table.keys)
+        if self._echo.holds(change) and isinstance(event, Event):
+            self._metrics.ping_pongs.labels("forward").inc()
+            return held(event)
+        return event
 
     def _begun(self, begin: Begin, opened: _Open) -> None:
         self._echo.begin(begin.committed_at)

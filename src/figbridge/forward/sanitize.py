@@ -238,6 +238,11 @@ class Rules:
             where,
         )
 
+    def withholds(self, relation: Relation) -> bool:
+        """Whether a column of the table is in no event."""
+        section = self._sections.get((relation.schema, relation.name))
+        return section is not None and any(section.stays(column.name) for column in relation.columns)
+
     def _veil(self, relation: Relation) -> Hashing:
         if self._hashing is None:
             raise CannotSanitize(

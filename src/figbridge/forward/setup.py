@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeAlias
 
 from figbridge import canary, legacy, provision
-from figbridge.change import Lsn, Relation
+from figbridge.change import Lsn
 from figbridge.config import Config, ContractsSection, ForwardSection, SinkSection, split_table
 from figbridge.config.forward import OutboxSection
 from figbridge.contracts import Contracts
@@ -30,6 +30,7 @@ from figbridge.forward.form import Form
 from figbridge.forward.guard import SlotGuard
 from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.heartbeat import Heartbeat, Heartbeats
+from figbridge.forward.keys import primary_keys
 from figbridge.forward.messages import Messages, server_codec
 from figbridge.forward.outbox import Outbox
 from figbridge.forward.pingpong import PingPong
@@ -113,9 +114,6 @@ def open_loops(
     if dead_letters:
         stack.callback(dead_letters.close)
 
-    def primary_key(relation: Relation) -> tuple[str, ...]:
-        return legacy.primary_key(dsn, relation.schema, relation.name)
-
     echo = EchoFilter(
         guard=config.legacy.loop_guard,
         origin=canary.origin(slot),
@@ -142,7 +140,7 @@ def open_loops(
         source,
         slot=slot,
         echo=echo,
-        shaper=Shaper(naming, encoders, primary_key, history=history, outbox=outbox, rules=rules),
+        shaper=Shaper(naming, encoders, partial(primary_keys, dsn), history=history, outbox=outbox, rules=rules),
         messages=messages,
         heartbeats=heartbeats,
         versions=versions,

@@ -21,7 +21,6 @@ ordinal is that of the change before which it stands.
 With ``forward.format: debezium`` the detail is that of `figbridge.forward.debezium` instead.
 """
 
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -30,14 +29,13 @@ import orjson
 from figbridge.change import Begin, Change, Lsn, Operation, Relation, TypeName
 from figbridge.event import Event, Rejection
 from figbridge.forward import debezium, place
+from figbridge.forward.keys import Ask, FullKeys
 from figbridge.forward.outbox import Outbox
 from figbridge.forward.sanitize import NOT_DECIDED, Rules, Undecided, Where
 from figbridge.forward.table import SCHEMA_CHANGED, Naming, Table
 from figbridge.forward.unroll import Lane
 from figbridge.forward.values import Encoders
 from figbridge.forward.versions import History, Version
-
-PrimaryKey = Callable[[Relation], Sequence[str]]
 
 _DETAIL: Final = b'{"id":"%b%b%b,"before":%b,"after":%b,"unchanged":%b%b%d%b'
 _NULL, _NOTHING = b"null", b"[]"
@@ -58,8 +56,8 @@ _NOT_DECIDED: Final = (
 class Shaper:
     """Makes events of one bridge. `begin` for each transaction, then `event` for each of its rows; one thread.
 
-    `primary_key` is asked once per table version, for tables with REPLICA IDENTITY FULL, whose RELATION message flags
-    every column as key and so does not say what identifies the row. `outbox` makes the events of the outbox table.
+    `primary_keys` is asked for tables with REPLICA IDENTITY FULL (see `keys`). `outbox` makes the events of the outbox
+    table.
 
     With `history` a version of a table that differs from the one before is announced before its first event:
     `announced` then has what goes first, and whoever takes it empties it.
@@ -72,7 +70,7 @@ class Shaper:
         self,
         naming: Naming,
         encoders: Encoders,
-        primary_key: PrimaryKey,
+        primary_keys: Ask,
         *,
         history: History | None = None,
         outbox: Outbox | None = None,
@@ -80,14 +78,14 @@ class Shaper:
     ) -> None:
         self._naming = naming
         self._encoders = encoders
-        self._primary_key = primary_key
         self.history = history
         self._outbox = outbox
         self._rules = rules or Rules()
+        self._full_keys = FullKeys(primary_keys, history, self._rules.withholds)
         self._tables: dict[int, Table] = {}
         self._type_names: dict[int, str] = {}
         self._relation: Relation | None = None  # of the last change, and what we know of it
-        self._table: Table | None = None  # None: the outbox's
+        self.table: Table | None = None  # None: the outbox's
         self._identity = ""
         self._begin = Begin(Lsn(0), datetime.fromtimestamp(0, UTC), 0)
         self._debezium = naming.form == "debezium"
@@ -128,7 +126,7 @@ class Shaper:
         """
         if change.relation is not self._relation:
             self._turn_to(change.relation, change.ordinal)
-        table = self._table
+        table = self.table
         if table is None:
             return None if self._outbox is None else self._outbox.event(change, self._begin, self._identity)
         return self._event(table, change) if table.where is None else self._filtered(table, table.where, change)
@@ -193,18 +191,18 @@ class Shaper:
     def _turn_to(self, relation: Relation, ordinal: int) -> None:
         """Another table than that of the change before, or another version of it, or only another connection's."""
         if self._outbox is not None and self._outbox.routes(relation):
-            self._table = None
+            self.table = None
         else:
-            self._table = self._version(relation, ordinal)
-            self.lanes |= self._table.lanes
+            self.table = self._version(relation, ordinal)
+            self.lanes |= self.table.lanes
         self._relation = relation
 
     def _version(self, relation: Relation, ordinal: int) -> Table:
         table = self._tables.get(relation.oid)
         if table is not None and table.relation is relation:
             return table
-        if table is None or table.relation != relation:
-            keys = self._keys(relation)
+        keys = self._keys(relation, ordinal)
+        if table is None or not table.is_of(relation, keys, self._type_names):
             table = Table(relation, self._naming, self._encoders, keys, self._type_names, rules=self._rules)
             self._tables[relation.oid] = table
         table.relation = relation  # the server may describe the same table again
@@ -248,7 +246,7 @@ class Shaper:
         label = f"{table.label}null"
         return Event(identity, named.source, named.detail_type, label, time, detail, None, True, named.resources)
 
-    def _keys(self, relation: Relation) -> frozenset[str]:
+    def _keys(self, relation: Relation, ordinal: int) -> frozenset[str]:
         if relation.identity == "f":
-            return frozenset(self._primary_key(relation))
+            return self._full_keys.of(relation, self._begin.commit_lsn, ordinal)
         return frozenset(column.name for column in relation.columns if column.is_key)

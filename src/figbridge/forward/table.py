@@ -97,6 +97,7 @@ class Table:
         ]
         self.withheld = frozenset(relation.columns[index].name for index in stay)
         self.version = self._version()
+        self._made_of = keys, _types(relation, type_names)
         own = [encoders.of(column.type_oid) for column in relation.columns]
         self._identity = [index for index, column in enumerate(relation.columns) if column.name in keys]
         self._columns = [
@@ -136,6 +137,10 @@ class Table:
             )
             lanes[head] = operation, oid, run
         return lanes
+
+    def is_of(self, relation: Relation, keys: frozenset[str], type_names: Mapping[int, str]) -> bool:
+        """Whether of these there would be the same version."""
+        return relation == self.relation and self._made_of == (keys, _types(relation, type_names))
 
     def row(self, row: Row, *, unsent: bytes | None = None) -> bytes:
         """The columns of `row` that were sent, as a JSON object; `write` is four times as fast and asks for all.
@@ -221,6 +226,10 @@ def type_name(column: Column, names: Mapping[int, str]) -> str:
     if info := _built_in.get(column.type_oid):
         return f"{info.name}{modifier}[]" if info.array_oid == column.type_oid else f"{info.name}{modifier}"
     return names.get(column.type_oid, f"oid {column.type_oid}") + modifier
+
+
+def _types(relation: Relation, names: Mapping[int, str]) -> list[str]:
+    return [type_name(column, names) for column in relation.columns]
 
 
 def _modifier(column: Column) -> str:

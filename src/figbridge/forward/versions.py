@@ -72,6 +72,16 @@ class History:
         self._met.append(last)  # it comes again; whether it was noted the first time, nobody here knows
         return known[index - 2].described if index > 1 else None
 
+    def until(self, relation: int, position: tuple[int, int]) -> list[Version]:
+        """The versions of a table that began at or before a row, the newest first."""
+        known = self._of.get(relation, [])
+        return known[: bisect_right(known, position, key=_POSITION)][::-1]
+
+    def newest(self, relation: int) -> Version | None:
+        """The last version of a table that is known."""
+        known = self._of.get(relation)
+        return known[-1] if known else None
+
     def take(self) -> Sequence[Version]:
         """What was met since, for `VersionStore.add`."""
         met, self._met = self._met, []

@@ -185,6 +185,12 @@ class Windows:
         if (window := self.open.get(change.relation.oid)) is not None:
             window.row(change, dropped=dropped)
 
+    def named(self, oid: int, keys: Sequence[int]) -> None:
+        """What the events of a table's rows are named by from here on; asked only while a window is open."""
+        window = self.open.get(oid)
+        if window is not None and window.layout.table.keys != keys:
+            window.voided = "the table's key changed"  # under REPLICA IDENTITY FULL its relation is the same
+
     def close(self, hand_over: Callable[[Window], Reads], end: Lsn) -> None:
         """The high watermarks' transaction has ended, at `end`: `hand_over` what was offered."""
         for window in self.closing:
