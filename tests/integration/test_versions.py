@@ -8,10 +8,13 @@ import pytest
 
 from figbridge.change import Lsn
 from figbridge.errors import BridgeError
+from figbridge.forward.snapshot.progress import Progress
 from figbridge.forward.versions import History, Version, VersionStore
 from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
+from fixtures.replay import FENCE, settled
+from fixtures.snapshot import finished, prepare
 
 
 @pytest.fixture
@@ -147,3 +150,26 @@ def test_a_table_that_is_not_there_is_an_error_and_nothing_is_acknowledged(prepa
     assert isinstance(failure, BridgeError)
     assert "table_version" in str(failure)
     assert "figbridge check" in failure.hint
+
+
+def test_a_type_that_is_renamed(each_database: Database) -> None:
+    """The stream tells of it when it describes the table anew, a snapshot before that: all bear the version since."""
+    ddl = "CREATE TYPE mood AS ENUM ('calm'); CREATE TABLE thing (id int PRIMARY KEY, m mood)"
+    prepare(each_database, ddl, "thing")
+    each_database.execute("INSERT INTO thing VALUES (1, 'calm')")
+    with Forward(each_database, snapshot=(), history=History(), messages=[FENCE]) as forward:
+        settled(forward)
+        each_database.execute("ALTER TYPE mood RENAME TO temper")
+        with each_database.connect() as connection:
+            Progress(each_database.slot).want(connection, ("public", "thing"))
+        finished(forward, "thing")
+        each_database.execute("INSERT INTO thing VALUES (2, 'calm')")
+        settled(forward)
+        each_database.execute("ALTER TYPE temper RENAME TO spirit")
+        each_database.execute("SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE active")
+        each_database.execute("INSERT INTO thing VALUES (3, 'calm')")
+        details = settled(forward)
+    assert [it["op"] for it in details] == ["insert", "schema.changed", "read", "insert", "schema.changed", "insert"]
+    versions = [it["schema_version"] for it in details]
+    assert versions == [versions[0], *[versions[1]] * 3, *[versions[4]] * 2]
+    assert [it["columns"][1]["type"] for it in details if "columns" in it] == ["public.temper", "public.spirit"]

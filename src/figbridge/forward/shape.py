@@ -212,9 +212,19 @@ class Shaper:
     def read(self, table: Table) -> list[Event]:
         """A snapshot has read rows of `table`, which leave with the open transaction; what is to go first."""
         self.message = b""
+        self._compare(table)
         self._meet(table, 0)
         announced, self.announced = self.announced, []
         return announced
+
+    def _compare(self, read: Table) -> None:
+        """The stream tells nothing of a type that was renamed; what has read the catalogue since knows it."""
+        oid = read.relation.oid
+        table = self._tables.get(oid)
+        if table is not None and table.relation == read.relation and table.version != read.version:
+            self._type_names |= read.type_names
+            del self._tables[oid]  # the next row compiles it anew
+            self.described()
 
     def _meet(self, table: Table, ordinal: int) -> None:
         if self.history:

@@ -67,7 +67,7 @@ class Table:
     ``label`` begins the ordering key of each of its events, ``parts`` has what the details of each operation have in
     common, ``write`` writes a whole row of ``before`` or ``after``. ``labels`` has the columns' names as JSON,
     ``encoders`` how their values are written, ``keys`` which of them are the key. `keys` are the names of the key's
-    columns, `type_names` those of types that are not built in.
+    columns, `type_names` those of types that are not built in; ``type_names`` has those of its columns.
 
     By `rules` columns stay (their label is None) or leave as something else (`figbridge.forward.sanitize`): that is
     done here and nowhere later, so nothing that is made of an event ever had their values. ``where`` says which rows
@@ -97,6 +97,7 @@ class Table:
         ]
         self.withheld = frozenset(relation.columns[index].name for index in stay)
         self.version = self._version()
+        self.type_names = {it.type_oid: type_names[it.type_oid] for it in relation.columns if it.type_oid in type_names}
         self._made_of = keys, _types(relation, type_names)
         own = [encoders.of(column.type_oid) for column in relation.columns]
         self._identity = [index for index, column in enumerate(relation.columns) if column.name in keys]
