@@ -500,6 +500,41 @@ def test_teardown_can_keep_the_memory_of_what_was_applied(shop: Database) -> Non
     assert shop.execute("SELECT count(*) FROM figbridge.inbox") == [(1,)]
 
 
+@pytest.fixture
+def owner(each_database: Database) -> Iterator[str]:
+    """The DSN of a role that may do what a forward path needs, and no more."""
+    each_database.execute(DDL)
+    role = f"{each_database.name}_owner"
+    each_database.execute(
+        f"CREATE ROLE {role} LOGIN REPLICATION; GRANT CREATE ON DATABASE {each_database.name} TO {role}; "
+        f"GRANT USAGE ON SCHEMA shop TO {role}; ALTER TABLE shop.orders OWNER TO {role}; "
+        f"GRANT EXECUTE ON FUNCTION pg_control_system() TO {role}"
+    )
+    yield each_database.dsn.replace("user=postgres", f"user={role}")
+    each_database.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+def test_teardown_by_a_role_that_is_no_superuser(each_database: Database, owner: str) -> None:
+    """It may not drop a replication origin; there is none, or it stays and all else goes."""
+    config = configured(each_database, ["shop.orders"], reverse=None, dsn=owner)
+    name = canary.origin(each_database.slot)
+    provision.initialise(config)
+    assert not [line for line in provision.teardown(config, keep_schema=False) if "origin" in line]
+    assert state(each_database) == NOTHING
+    provision.initialise(config)
+    each_database.execute("SELECT pg_replication_origin_create(%s)", [name])
+    try:
+        (told,) = [line for line in provision.teardown(config, keep_schema=False) if "origin" in line]
+        assert state(each_database) == NOTHING
+        remedy = told.partition("As a superuser: ")[2]
+        each_database.execute(remedy)
+        assert each_database.execute("SELECT count(*) FROM pg_replication_origin WHERE roname = %s", [name]) == [(0,)]
+    finally:
+        each_database.execute(
+            "SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin WHERE roname = %s", [name]
+        )
+
+
 def test_teardown_refuses_while_the_slot_is_read(each_database: Database) -> None:
     each_database.execute(DDL)
     config = configured(each_database)

@@ -3,6 +3,7 @@
 from typing import Final
 
 import psycopg
+from psycopg import sql
 
 from figbridge import canary, legacy
 from figbridge.config import Config, LegacySection
@@ -59,11 +60,18 @@ def _may_go(connection: psycopg.Connection, section: LegacySection, *, keep_sche
 
 
 def _drop_origin(connection: psycopg.Connection, slot: str) -> list[str]:
+    """Nothing depends on it, so the rest goes also where the role may not drop it."""
     name = canary.origin(slot)
-    found = connection.execute(
-        "SELECT pg_replication_origin_drop(roname) FROM pg_replication_origin WHERE roname = %s", [name]
-    )
-    return [f"replication origin {name}: dropped"] if found.rowcount else []
+    # looked for first: that a function may be called is checked before there is a row to call it for
+    if not connection.execute("SELECT 1 FROM pg_replication_origin WHERE roname = %s", [name]).fetchone():
+        return []
+    drop = sql.SQL("SELECT pg_replication_origin_drop({})").format(name)
+    try:
+        connection.execute(drop)
+    except psycopg.errors.InsufficientPrivilege:
+        what = "kept, for this role may not drop it. As a superuser"
+        return [f"replication origin {name}: {what}: {drop.as_string(connection)};"]
+    return [f"replication origin {name}: dropped"]
 
 
 def _in_use(slot: str, holder: str) -> Problem:
