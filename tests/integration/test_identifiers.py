@@ -96,6 +96,18 @@ def test_names_that_differ_in_case_or_form_alone_are_different(each_database: Da
     assert len(keys) == 7
 
 
+def test_odd_names_of_publications(each_database: Database) -> None:
+    """They are in a list, in a string of a grammar that is not SQL's."""
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    with each_database.connect() as connection:
+        for name in ODD:
+            connection.execute(sql.SQL("CREATE PUBLICATION {} FOR TABLE thing").format(sql.Identifier(name)))
+    each_database.create_slot()
+    each_database.execute("INSERT INTO thing VALUES (1)")
+    with Forward(each_database, *ODD, messages=[FENCE]) as forward:
+        assert [it["key"] for it in settled(forward)] == [{"id": 1}]
+
+
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20).filter(
     lambda name: len(name.encode()) <= 63 and not name.startswith("pg_")
 )

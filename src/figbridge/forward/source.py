@@ -160,10 +160,12 @@ class ReplicationSource:
 
     def _start(self, connection: psycopg.Connection, start: Lsn) -> None:
         names = ",".join('"' + name.replace('"', '""') + '"' for name in self._publications)
+        # by hand: of a backslash psycopg makes an E'…', which the walsender's grammar does not have, nor needs
+        quoted = sql.SQL("'" + names.replace("'", "''") + "'")
         # logical messages since 14; an older server would refuse the option
         messages = sql.SQL(", messages 'true'" if connection.info.server_version >= 140000 else "")
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL {} (proto_version '1', publication_names {}{})").format(
-            sql.Identifier(self._slot), sql.SQL(str(start)), sql.Literal(names), messages
+            sql.Identifier(self._slot), sql.SQL(str(start)), quoted, messages
         )
         self._left_out = ""
         connection.execute(command)
