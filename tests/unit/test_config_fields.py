@@ -284,6 +284,11 @@ OWN: dict[str, Any] = {"match": MAPPING["match"]}
         ("SELECT '\\'; ROLLBACK; SELECT '", "contains ROLLBACK"),
         ("COPY shop.orders FROM STDIN", "contains a COPY"),
         ("copy (SELECT 1) to -- all\n stdout csv", "contains a COPY"),
+        *((it, "sets the session") for it in (
+            "SET ROLE a", "set /* */ search_path TO a", "SET SESSION AUTHORIZATION a", "SET TIME ZONE 'UTC'",
+            "SELECT 1; SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+            "SELECT pg_catalog.set_config('search_path', 'a', false)",
+        )),
     ],
 )  # fmt: skip
 def test_sql_that_ends_the_bridges_transaction_is_refused(sql: str, said: str) -> None:
@@ -301,6 +306,8 @@ def test_sql_that_ends_the_bridges_transaction_is_refused(sql: str, said: str) -
         'UPDATE a SET "end" = 1, start = 2 WHERE release = CASE WHEN b THEN 1 END',
         "COPY shop.orders TO '/stdout'; PREPARE a AS SELECT 1; DEALLOCATE a",
         "SELECT 'is not closed; ROLLBACK",
+        "SET LOCAL search_path TO a; SET CONSTRAINTS ALL IMMEDIATE; SELECT 'SET ROLE a'; RESET search_path",
+        "UPDATE a SET role = false; SELECT set_config('a.b', 'c', true), false",
         "",
     ],
 )

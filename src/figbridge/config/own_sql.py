@@ -1,7 +1,8 @@
 """What the user's own SQL may not be: it runs within a transaction of the bridge, beside other events.
 
-Such a statement would be done without an error, and events would be acknowledged that nobody kept. So it is refused
-before it is sent. Words in strings, quoted names, dollar quotes and comments are none of its words.
+Such a statement would be done without an error, and events would be acknowledged that nobody kept; or it would set the
+session of the bridge, perhaps as another role, for all events to come. So it is refused before it is sent. Words in
+strings, quoted names, dollar quotes and comments are none of its words.
 https://www.postgresql.org/docs/current/sql-syntax-lexical.html
 """
 
@@ -27,6 +28,8 @@ _TOKEN: Final = re.compile(
 )
 _NESTED: Final = re.compile(r"/\*|\*/")
 _TRANSACTION: Final = frozenset({"ABORT", "BEGIN", "COMMIT", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START"})
+# of one transaction: SET LOCAL …, SET CONSTRAINTS …, SET TRANSACTION …
+_PASSING: Final = frozenset({"LOCAL", "CONSTRAINTS", "TRANSACTION"})
 _CLIENT: Final = frozenset({(way, end) for way in ("FROM", "TO") for end in ("STDIN", "STDOUT")})
 
 
@@ -38,6 +41,9 @@ def refused(query: str) -> tuple[str, str] | None:
         if first in _TRANSACTION or words[:2] == ["PREPARE", "TRANSACTION"]:
             what = f"contains {first}, but the transaction is the bridge's and may hold other events"
             return what, "statements without it"
+        if (first == "SET" and _PASSING.isdisjoint(words[1:2])) or ("SET_CONFIG", "FALSE") in itertools.pairwise(words):
+            what = "sets the session, which goes on with other events"
+            return what, "SET LOCAL, or set_config(…, true), and RESET behind it: the transaction may hold others, too"
         if first == "COPY" and not _CLIENT.isdisjoint(itertools.pairwise(words)):
             return "contains a COPY from or to the client, but the bridge has no data for it and wants none", "INSERT"
     return None
