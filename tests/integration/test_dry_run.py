@@ -93,8 +93,8 @@ def publish(path: Path, *bodies: bytes, first: int = 0) -> None:
 class Shadow:
     """A dry run in a thread of its own."""
 
-    def __init__(self, shop: Database, directory: Path) -> None:
-        self.config = Config.load(config_of(shop, directory))
+    def __init__(self, shop: Database, directory: Path, **reverse: Any) -> None:
+        self.config = Config.load(config_of(shop, directory, **reverse))
         assert self.config.reverse is not None
         self.path, self.metrics, self.stop = directory / "bus.sqlite", Metrics(), threading.Event()
         self.source = LocalSource(self.path, subscriber="shadow")
@@ -214,6 +214,33 @@ def test_floats_are_compared_to_the_last_digit(shop: Database, tmp_path: Path) -
     assert shop.execute("SELECT differences #>> '{0,after,quantity}' FROM figbridge.dry_run") == [
         ("5.000000000000001",)
     ]
+
+
+def test_documents_that_jsonb_cannot_have(shop: Database, tmp_path: Path) -> None:
+    """They are told as the column of type json has them; also where a row without a key is compared with them."""
+    shop.execute(r"""
+        ALTER TABLE shop.orders ALTER note TYPE json USING NULL;
+        UPDATE shop.orders SET note = '"\u0000"' WHERE id = 1;
+        UPDATE shop.orders SET note = '"\ud800"' WHERE id = 2;
+        CREATE TABLE shop.log (note json, n int); INSERT INTO shop.log VALUES ('"\u0000"', 1)
+    """)
+    log = {
+        "match": {"source": "shop.next", "detail-type": "logged"},
+        "into": "shop.log",
+        "action": "insert",
+        "set": {"note": "detail.note", "n": "detail.n"},
+    }
+    with running(Shadow(shop, tmp_path, mappings=[*mappings(), log])) as shadow:
+        shadow.send(
+            body("1", id=1, v=1, status="new", note=[], n=5),
+            body("2", id=2, v=1, status="new", note=[], n=5),
+            body("3", "logged", note=[], n=1),
+        )
+        assert shadow.would == {"applied": 3}
+    texts = [text for (text,) in shop.execute("SELECT differences::text FROM figbridge.dry_run ORDER BY id")]
+    assert (r'"note":"\u0000"' in texts[0], r'"note":"\ud800"' in texts[1]) == (True, True)
+    assert '"columns":["note"]' in texts[0]
+    assert '"before":null' in texts[2]
 
 
 def test_where_both_systems_agree_nothing_is_kept(shop: Database, shadow: Shadow) -> None:

@@ -12,9 +12,10 @@ from figbridge.reverse.statement import Shape, empty
 # What COMMIT would say, while there is still something to roll back.
 CHECKED: Final = "SET CONSTRAINTS ALL IMMEDIATE"
 
-# t.* is the row, whatever its columns are called; t alone would be a column of that name.
+# t.* is the row, whatever its columns are called; t alone would be a column of that name. Not as jsonb, which has
+# neither the \u0000 nor the half of a surrogate pair that a column of type json can hold.
 _ROWS: Final = sql.SQL("""
-    SELECT d.number, to_jsonb(t.*)::text
+    SELECT d.number, to_json(t.*)::text
     FROM json_array_elements($1::json) WITH ORDINALITY AS d (document, number)
     CROSS JOIN LATERAL json_populate_record({empty}, d.document) AS r
     JOIN {table} AS t ON {row}
@@ -32,7 +33,7 @@ def rows(connection: psycopg.Connection, shape: Shape, documents: Sequence[str])
         if primary and set(primary) <= set(shape.columns):
             names = primary
         else:
-            names, condition = shape.columns, "to_jsonb(t.{c}) IS NOT DISTINCT FROM to_jsonb(r.{c})"
+            names, condition = shape.columns, "t.{c}::text IS NOT DISTINCT FROM r.{c}::text"
     row = sql.SQL(" AND ").join(sql.SQL(condition).format(c=sql.Identifier(name)) for name in names)
     query = _ROWS.format(
         table=sql.Identifier(*shape.table), empty=empty(shape.table), row=row if names else sql.SQL("false")

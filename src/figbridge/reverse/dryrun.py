@@ -47,12 +47,14 @@ from figbridge.reverse.transaction import Suspects
 _log = structlog.get_logger()
 
 _UNCHANGED: Final = "unchanged"  # as an outcome: it would be applied and change nothing
+# Differences are strings in it, as documents are in `conflict`'s.
 _RECORD: Final = """
     INSERT INTO figbridge.dry_run (source, idempotency_key, event_id, scope, identity, outcome, reason, message,
         differences, conflicts)
-    SELECT r.source, r.key, r.event_id, r.scope, r.identity, r.outcome, r.reason, r.message, r.differences, r.conflicts
+    SELECT r.source, r.key, r.event_id, r.scope, r.identity, r.outcome, r.reason, r.message, r.differences::json,
+           r.conflicts
     FROM json_to_recordset($1::json) AS r (source text, key text, event_id text, scope text, identity text,
-        outcome text, reason text, message text, differences json, conflicts json)
+        outcome text, reason text, message text, differences text, conflicts json)
 """
 
 _COLUMNS: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])  # values as they are written, to the last digit
@@ -196,7 +198,7 @@ def _records(told: Iterable[tuple[Item, Applied, list[Difference]]]) -> Iterator
             "outcome": applied.outcome.value,
             "reason": applied.reason,
             "message": applied.message,
-            "differences": [_document(*it) for it in rows],
+            "differences": orjson.dumps([_document(*it) for it in rows]).decode(),
             "conflicts": [{"kind": kind, "decision": decision} for kind, decision in applied.conflicts],
         }
 
@@ -204,9 +206,8 @@ def _records(told: Iterable[tuple[Item, Applied, list[Difference]]]) -> Iterator
 def _document(number: int, table: str, before: str | None, after: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {"statement": number, "table": table}
     if before and after:
-        with contextlib.suppress(
-            RecursionError
-        ):  # a value is nested too deeply for us: nobody says which columns differ
+        # a value is nested too deeply for us, or has half of a surrogate pair: nobody says which columns differ
+        with contextlib.suppress(RecursionError, msgspec.DecodeError):
             then = _COLUMNS.decode(before)
             found["columns"] = [name for name, value in _COLUMNS.decode(after).items() if value != then[name]]
     return found | {
