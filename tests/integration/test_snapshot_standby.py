@@ -140,6 +140,21 @@ def test_a_server_of_another_cluster_is_refused(pair: Cluster) -> None:
         pass
 
 
+def test_a_connection_that_may_not_ask_is_closed(pair: Cluster, database: Database) -> None:
+    role = f"{database.name}_limited"
+    ours = f"SELECT 1 FROM pg_stat_activity WHERE usename = '{role}'"
+    dsn = pair.standby.dsn(database.name).replace("user=postgres", f"user={role}")
+    database.execute(f"CREATE ROLE {role} LOGIN; REVOKE EXECUTE ON FUNCTION pg_control_system() FROM PUBLIC")
+    revoked = "SELECT 1 FROM pg_proc WHERE proname = 'pg_control_system' AND proacl::text !~ '[{,]='"
+    until(lambda: there(pair, revoked, database), 20, "the standby has it all")
+    try:
+        with pytest.raises(LegacyUnavailable, match="permission denied") as refused, Standby.opened(dsn, "1234"):
+            pass
+        until(lambda: not there(pair, ours), 20, lambda: f"no connection is left, after: {refused.value}")
+    finally:
+        database.execute(f"DROP ROLE {role}")
+
+
 def test_a_primary_is_no_standby(pair: Cluster, database: Database) -> None:
     ((identifier,),) = database.execute("SELECT system_identifier::text FROM pg_control_system()")
     with (

@@ -50,8 +50,12 @@ class Standby:
         try:
             with legacy.translated():
                 connection = legacy.connect(dsn, purpose="snapshot-standby", autocommit=True, prepares=True)
-                query = "SELECT system_identifier::pg_catalog.text FROM pg_control_system()"
-                (found,) = connection.execute(query).fetchone() or ("",)
+                try:
+                    query = "SELECT system_identifier::pg_catalog.text FROM pg_control_system()"
+                    (found,) = connection.execute(query).fetchone() or ("",)
+                except BaseException:
+                    connection.close()
+                    raise
         except BridgeError as error:  # whatever it is, it is no failure of the table
             away = LegacyUnavailable(
                 f"forward.snapshot-standby does not answer: {str(error.__cause__ or error).strip()}",
