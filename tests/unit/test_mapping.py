@@ -134,6 +134,32 @@ def test_the_message_of_an_error_does_not_quote_the_event() -> None:
     assert "DE02" not in str(caught.value)
 
 
+CLAIM = {"bucket": "large", "key": "figbridge/e-1.json", "bytes": 2_000_000, "sha256": "0" * 64}
+SQL = {"into": None, "action": None, "key": {}, "set": {}, "sql": "SELECT %(s)s", "with": {"s": "detail.after.status"}}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"action": "upsert"}, {"action": "delete", "set": {}, "soft": {"deleted": "time"}}, SQL]
+)
+def test_a_claim_check_has_no_rows_to_write(options: dict[str, Any]) -> None:
+    checked = event(json.dumps({"order_id": 42, "claim_check": CLAIM}))
+    with pytest.raises(Malformed, match="in S3") as caught:
+        Mapping(section(**options)).prepare(checked)
+    assert caught.value.field == "detail.claim_check"
+    assert "call" in caught.value.hint
+
+
+def test_a_claim_check_has_the_key_of_what_is_deleted() -> None:
+    checked = event(json.dumps({"order_id": 42, "claim_check": CLAIM}))
+    assert Mapping(section(action="delete", set={})).prepare(checked).entity == ("shop.orders", "42")
+
+
+@pytest.mark.parametrize("own", [None, "paid", {"bucket": "hat-check"}])
+def test_a_field_that_only_bears_the_name_is_no_claim_check(own: Any) -> None:
+    named = event(json.dumps({"order_id": 42, "status": "paid", "claim_check": own}))
+    assert Mapping(section()).prepare(named).statements
+
+
 # --- numbers
 
 

@@ -6,6 +6,8 @@ Rules, and what they refuse:
   (`Malformed`): a row that is not named cannot be meant.
 * A ``set`` path that yields null writes NULL; one that leads nowhere leaves the column alone (an insert: its default),
   so absent, null and unchanged are three things. A figbridge event's ``unchanged`` columns are absent in ``after``.
+* A claim check (`forward.claim-check` of another bridge) has a key and no rows, so it is poison for all but deletes,
+  and callables, which may fetch the rows.
 * 42 and "42" are one key, because PostgreSQL converts both with the column's type; see `figbridge.reverse.spelling`.
 """
 
@@ -20,8 +22,8 @@ from figbridge.change import Lsn
 from figbridge.config import MappingSection
 from figbridge.errors import ConfigError, Problem
 from figbridge.event import Named, Received
-from figbridge.reverse.message import Malformed, hops, payload_hash, storable, write
-from figbridge.reverse.parts import Row, as_text, part_of
+from figbridge.reverse.message import Malformed, hops, payload_hash, require_rows, storable, write
+from figbridge.reverse.parts import Call, Row, as_text, part_of
 from figbridge.reverse.policy import Expected
 from figbridge.reverse.spelling import Spell, spelled
 from figbridge.reverse.statement import Free, Statement
@@ -109,6 +111,9 @@ class Mapping:
         # why it cannot be used as the tables are, None when it can
         self.broken: str | None = None
         self.deletes = isinstance(first, Row) and first.action in {"delete", "soft"}
+        self._takes_claim_checks = all(
+            isinstance(part, Call) or (isinstance(part, Row) and part.action == "delete") for part in self._parts
+        )
         rows = [part for part in self._parts if isinstance(part, Row)]
         self.policies = tuple(part.policy for part in rows)
         self._judged = rows if any(self.policies) else ()
@@ -119,6 +124,8 @@ class Mapping:
         statements: Sequence[Statement | Free]
         key: Sequence[Any]
         version = None
+        if "claim_check" in document["detail"] and not self._takes_claim_checks:
+            require_rows(document)
         if self._alone is not None:  # nearly always; the key's paths are walked once
             key, statement, version = self._alone.row(document)
             statements = (statement,)

@@ -40,8 +40,10 @@ class Malformed(BridgeError):
 
     reason: Final = "malformed"
 
-    def __init__(self, field: str, what: str, *, expected: str) -> None:
-        super().__init__(f"{field} {what}; expected {expected}", hint="mend the producer, then redrive the dead letter")
+    def __init__(
+        self, field: str, what: str, *, expected: str, hint: str = "mend the producer, then redrive the dead letter"
+    ) -> None:
+        super().__init__(f"{field} {what}; expected {expected}", hint=hint)
         self.field = field
 
 
@@ -117,6 +119,20 @@ def _unwrapped(message: dict[str, Any], bare: Enveloping | None) -> dict[str, An
     if bare is None:
         raise Malformed("detail", _found(message, "detail"), expected="a JSON object, or the section reverse.bare")
     return bare(message, payload)
+
+
+def require_rows(document: dict[str, Any]) -> None:
+    """Raise Malformed for a claim check: an event of another bridge whose rows are in S3, and not in its detail."""
+    claim = document["detail"].get("claim_check")
+    if type(claim) is dict and {"bucket", "key", "sha256"} <= claim.keys():
+        # applied, it would leave each column alone, or write a row of defaults
+        raise Malformed(
+            "detail.claim_check",
+            "says that the rows are in S3",
+            expected="the rows; map the event by a call that fetches the object, or let its bridge use a sink for "
+            "larger events instead of forward.claim-check",
+            hint="write the object's rows by such a call, then redrive the dead letter",
+        )
 
 
 def hops(event: Received) -> int:
