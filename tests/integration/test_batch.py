@@ -127,6 +127,87 @@ def test_a_row_that_somebody_holds_holds_up_nobody_else(shop: Database, applier:
     assert orders(shop) == [(n, "a" if n == 5 else "b") for n in range(20)]
 
 
+# --- those that run ahead of others
+
+
+def by_note(action: str) -> Any:
+    values = {"note": "detail.note", "quantity": "detail.n"}
+    key = {"id": "detail.id"}
+    return mapping(action, key={}, set=key | values) if action == "insert" else mapping(action, set=values)
+
+
+@pytest.mark.parametrize("bad", ["update", "insert"], ids=["of the same statement", "of another statement"])
+def test_what_runs_ahead_of_what_makes_room_for_it_is_no_dead_letter(
+    shop: Database, applier: Applier, bad: str
+) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    shop.execute("INSERT INTO shop.orders (id, note) VALUES (1, 'taken'), (3, 'other')")
+    insert = by_note("insert")
+    works = [
+        work(by_note("update"), "room", id=1, note="moved", n=1),
+        work(by_note(bad), "bad", id=3, note="bad", n="x"),
+        work(insert, "there", id=2, note="taken"),
+        work(insert, "never", id=4, note="taken"),
+    ]
+    dead = ("dead_letter", "23505")
+    assert outcomes(applier, works) == [APPLIED, ("dead_letter", "22P02"), APPLIED, dead]
+    assert shop.execute("SELECT id, note FROM shop.orders ORDER BY id") == [(1, "moved"), (2, "taken"), (3, "other")]
+
+
+def test_what_runs_ahead_keeps_its_place_before_what_follows_it(shop: Database, applier: Applier) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    shop.execute("INSERT INTO shop.orders (id, note) VALUES (1, 'taken'), (3, 'other')")
+    works = [
+        work(by_note("update"), "room", id=1, note="moved", n=1),
+        work(by_note("update"), "bad", id=3, note="bad", n="x"),
+        work(by_note("upsert"), "there", id=2, note="taken"),
+        work(by_note("update"), "behind", id=2, note="last"),
+        work(by_note("upsert"), "depends", id=4, note="taken"),
+    ]
+    assert outcomes(applier, works) == [APPLIED, ("dead_letter", "22P02"), APPLIED, APPLIED, APPLIED]
+    notes = [(1, "moved"), (2, "last"), (3, "other"), (4, "taken")]
+    assert shop.execute("SELECT id, note FROM shop.orders ORDER BY id") == notes
+
+
+def test_a_rule_for_conflicts_says_nothing_of_what_runs_ahead(shop: Database, applier: Applier) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    shop.execute("INSERT INTO shop.orders (id, note) VALUES (1, 'taken'), (3, 'other')")
+    ruled = mapping("upsert", set={"note": "detail.note"}, conflicts={"policy": "new_wins"})
+    works = [
+        work(by_note("update"), "room", id=1, note="moved", n=1),
+        work(by_note("update"), "bad", id=3, note="bad", n="x"),
+        work(ruled, "there", id=2, note="taken"),
+    ]
+    assert outcomes(applier, works) == [APPLIED, ("dead_letter", "22P02"), APPLIED]
+    assert count(shop, "figbridge.conflict") == 0
+
+
+def test_a_value_that_a_waiting_event_is_to_give_up_is_waited_for(shop: Database, applier: Applier) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    shop.execute("INSERT INTO shop.orders (id, note) VALUES (1, 'taken')")
+    works = [
+        work(by_note("update"), "room", id=1, note="moved", n=1),
+        work(by_note("insert"), "there", id=2, note="taken"),
+        work(mapping("insert", into="shop.customers", set={"id": "detail.id"}), "elsewhere", id=2),
+        work(mapping("insert", into="shop.customers", set={"id": "detail.id"}), "again", id=2),
+    ]
+    with shop.connect() as legacy, legacy.transaction():
+        legacy.execute("SELECT * FROM shop.orders WHERE id = 1 FOR UPDATE")
+        waits = [("retried", "55P03"), ("retried", "earlier_waits")]
+        assert outcomes(applier, works) == [*waits, APPLIED, ("dead_letter", "23505")]
+    assert outcomes(applier, works[:2]) == [APPLIED, APPLIED]
+
+
+def test_nobody_waits_for_an_event_that_waits_for_its_row(shop: Database, applier: Applier) -> None:
+    shop.execute("ALTER TABLE shop.orders ADD UNIQUE (note)")
+    shop.execute("INSERT INTO shop.orders (id, note) VALUES (1, 'taken')")
+    works = [
+        work(by_note("update"), "waits", id=2, note="mine"),
+        work(by_note("insert"), "brings", id=2, note="taken"),
+    ]
+    assert outcomes(applier, works) == [("retried", "update_missing"), ("dead_letter", "23505")]
+
+
 # --- partial events
 
 

@@ -78,8 +78,12 @@ class Bridge:
         assert not self._thread.is_alive()
 
     def send(self, identity: str, detail_type: str, **detail: Any) -> None:
-        made = Event(identity, "shop.next", detail_type, identity, datetime.now(UTC), orjson.dumps(detail))
-        self._bus.publish([made])
+        self.send_all((identity, detail_type, detail))
+
+    def send_all(self, *events: tuple[str, str, dict[str, Any]]) -> None:
+        """Together, so that they are received together."""
+        now = datetime.now(UTC)
+        self._bus.publish([Event(it, "shop.next", kind, it, now, orjson.dumps(detail)) for it, kind, detail in events])
 
     def outcome(self, name: str) -> float:
         return self.metrics.registry.get_sample_value("figbridge_reverse_events_total", {"outcome": name}) or 0
@@ -173,6 +177,19 @@ def test_a_locked_row_is_tried_again_in_a_moment(shop: Database, bridge: Bridge)
         bridge.until(applied=1)
         until(lambda: bridge.outcome("retried") >= 1)
     until(lambda: orders(shop) == [(1, "b"), (2, "free")], 20, bridge.said)
+
+
+def test_a_value_that_an_earlier_event_is_to_give_up_is_waited_for(shop: Database, bridge: Bridge) -> None:
+    shop.execute("CREATE UNIQUE INDEX ON shop.orders (status)")
+    shop.execute("INSERT INTO shop.orders (id, status) VALUES (1, 'a')")
+    with shop.connect() as legacy, legacy.transaction():
+        legacy.execute("SELECT * FROM shop.orders FOR UPDATE")
+        bridge.send_all(("1", "status", {"id": 1, "status": "b"}), ("2", "order", {"id": 2, "status": "a"}))
+        until(lambda: bridge.outcome("retried") >= 3, 20, bridge.said)
+        reasons = shop.execute("SELECT event_id, reason, attempts > 1 FROM figbridge.parked ORDER BY place")
+        assert reasons == [("1", "55P03", True), ("2", "earlier_waits", False)], "it is not tried before the other"
+    until(lambda: orders(shop) == [(1, "b"), (2, "a")], 20, bridge.said)
+    assert bridge.outcome("dead_letter") == 0
 
 
 def test_the_key_of_a_parked_event_cannot_be_used_for_another_payload(shop: Database, bridge: Bridge) -> None:

@@ -19,7 +19,8 @@ novelty.py      whether rows are expected to be new, for express.py
 wire.py         statements ahead of their answers, for express.py
 guard.py        how a transaction marks itself, where the claim is not enough; touched.py: and what it touches
 session.py      the connection
-apply.py        the batch, and the search for the event that spoils it; order.py: what may not go because of others
+apply.py        the batch; search.py: the search for the event that spoils it
+order.py        what may not go because of others
 policy.py       a statement's rules for conflicts: lock the rows, and compare them with what was expected
 verdict.py      who wins
 conflict.py     both of them in the transaction, and the record of it; resolve.py: a person's word on it

@@ -1,27 +1,9 @@
-"""Events into the legacy database over one connection: all of them at once, and when that fails, who is to blame.
+"""Events into the legacy database over one connection: all of them at once, and when that fails, one is to blame.
 
-    solve(all) ──commit──▶ done
-        │ one of these must be to blame
-        ├─▶ solve(all the others)          in one transaction, without them and what comes after them in their order
-        └─▶ solve(first half), solve(second half), … down to one event, whose error decides (`outcome`)
-
-So a bad event costs a few transactions and holds nobody up but later events of its own entity (and of its message
-group, where the order of that is kept: `Work.group`), and what a single event does in the end is what it would have
-done alone.
-
-WHY NOT SAVEPOINTS. They would hold the locks of the good events while the bad ones are searched for, and gain nothing.
-Measured with one bad event of 500 (upserts with a version), PostgreSQL 18, fsync on, a network of 1 ms, best of nine:
-
-    halves, a transaction each        98 round trips   170 ms    no lock is held for longer than some 16 ms
-    halves, a savepoint each         115               180       every lock for all of it
-    a savepoint for each event     2,519             4,600       every lock for all of it
-
-What would help is to send each half at once, as `express` does: 58 round trips (36 with savepoints). A batch with a bad
-event is rare, so that is left alone.
+The first try is the express one (`express`); whatever disappoints it is done step by step (`transaction`), and who is
+to blame is found by `search`.
 
 INVARIANT. COMMIT is sent only after every answer of the transaction has been read and is good (`transaction`).
-
-The first try is the express one (`express`); whatever disappoints it is done step by step (`transaction`).
 
 Refuses: prepared statements behind a pooler, and guessing after a lost COMMIT: the claim of the next try knows.
 """
@@ -51,6 +33,7 @@ from figbridge.reverse.outcome import (
     words,
 )
 from figbridge.reverse.parents import missing_parent
+from figbridge.reverse.search import Search
 from figbridge.reverse.session import Session
 from figbridge.reverse.statement import Statement
 from figbridge.reverse.transaction import Examiner, Suspects
@@ -133,7 +116,7 @@ class Applier:
         batches = [works] if parcel and parcel.works == works else order.without_repeated_keys(works)
         for batch in batches:
             if not (hopeful and self._express(batch, outcomes, parcel)):
-                self._solve(batch, outcomes)
+                self._search(batch, outcomes)
         return outcomes
 
     def parcel(self, works: Sequence[Work], *, alone: bool) -> express.Parcel | None:
@@ -174,7 +157,7 @@ class Applier:
             applied = self._hoped(works, parcel)
         except Suspects as suspects:
             self._hope.learn(fulfilled=False)
-            self._divide(works, suspects, outcomes)
+            self._search(works, outcomes, suspects)
             return True
         self._hope.learn(fulfilled=applied is not None)
         outcomes |= applied or {}
@@ -192,40 +175,9 @@ class Applier:
             return self._hoped(works, None)
         return applied
 
-    def _solve(self, works: Sequence[Work], outcomes: dict[Work, Applied]) -> None:
-        works = order.not_behind(works, outcomes)
-        if not works:
-            return
-        try:
-            known = self._transaction(works, self._run)
-        except Suspects as suspects:
-            self._divide(works, suspects, outcomes)
-            return
-        outcomes |= known
-        if len(known) < len(works):  # the others are asked about again, now that it is known who waits
-            self._solve([work for work in works if work not in known], outcomes)
-
-    def _divide(self, works: Sequence[Work], suspects: Suspects, outcomes: dict[Work, Applied]) -> None:
-        if len(works) == 1:
-            outcomes[works[0]] = self._judged(works[0], suspects)
-            return
-        suspected, tainted = set(suspects.works), set[object]()
-        innocent, others = [], []
-        for work in works:
-            if work in suspected or work.entity in tainted or work.group in tainted:
-                tainted |= {work.entity, work.group} - {None}
-                others.append(work)
-            else:
-                innocent.append(work)
-        self._solve(innocent, outcomes)
-        if innocent and len(suspected) == 1:
-            # the one to blame is known; what comes after it is not
-            self._solve(others[:1], outcomes)
-            self._solve(others[1:], outcomes)
-            return
-        half = len(others) // 2
-        self._solve(others[:half], outcomes)
-        self._solve(others[half:], outcomes)
+    def _search(self, works: Sequence[Work], outcomes: dict[Work, Applied], suspects: Suspects | None = None) -> None:
+        """Apply `works` step by step, whatever is the matter with some; `suspects` is how a first try ended."""
+        Search(works, outcomes, lambda some: self._transaction(some, self._run), self._judged).run(suspects)
 
     def _run(
         self,

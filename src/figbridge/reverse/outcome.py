@@ -23,6 +23,7 @@ DELETE_MISSING: Final = "delete_missing"
 STALE_VERSION: Final = "stale_version"
 KEY_REUSE: Final = "key_reuse"
 ROW_WAITS: Final = "row_waits"
+EARLIER_WAITS: Final = "earlier_waits"  # a constraint refuses it, perhaps only until an earlier event is applied
 MAPPING_BROKEN: Final = "mapping_broken"
 PING_PONG: Final = "ping_pong"
 

@@ -20,6 +20,8 @@ the exception above holds in a group, too: else each update that came before its
 
 An event whose turn has only just come is tried before it is called overdue: it has waited for others, not in vain.
 
+What a constraint refuses while an earlier event of its batch waits (`search`) is tried again when that one has gone.
+
 A parked event that was applied and not yet removed when a process died is handed out again, and is a duplicate then.
 """
 
@@ -33,7 +35,7 @@ from psycopg import sql
 
 from figbridge.reverse.claim import REUSED
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.outcome import ROW_WAITS, UPDATE_MISSING, Applied, Outcome, unavailable, words
+from figbridge.reverse.outcome import EARLIER_WAITS, ROW_WAITS, UPDATE_MISSING, Applied, Outcome, unavailable, words
 from figbridge.reverse.statement import empty
 
 _log = structlog.get_logger()
@@ -62,7 +64,7 @@ _REMOVE: Final = """
 """
 _FREE: Final = sql.SQL("""
     SELECT p.source, p.idempotency_key, p.body, p.attempts, p.reason, p.message, p.message_group,
-           {overdue} AND p.reason <> {its_turn} AS overdue
+           {overdue} AND p.reason NOT IN ({row_waits}, {earlier_waits}) AS overdue
     FROM figbridge.parked p
     WHERE {condition} AND NOT EXISTS (
         SELECT FROM figbridge.parked e WHERE e.scope = p.scope AND e.identity = p.identity AND e.place < p.place
@@ -70,6 +72,8 @@ _FREE: Final = sql.SQL("""
     AND NOT EXISTS (
         SELECT FROM figbridge.parked e WHERE e.message_group = p.message_group AND e.place < p.place
             AND NOT (p.makes_row AND e.row_missing AND e.scope = p.scope AND e.identity = p.identity))
+    AND NOT (p.reason = {earlier_waits} AND EXISTS (  -- what was parked with it is of its batch
+        SELECT FROM figbridge.parked e WHERE e.parked_at = p.parked_at AND e.place < p.place))
     ORDER BY p.place LIMIT {most}
 """)
 _OVERDUE: Final = sql.SQL("p.parked_at < now() - {seconds} * interval '1 second'")
@@ -187,7 +191,11 @@ class Park:
     def _free(self, connection: psycopg.Connection, condition: sql.Composable) -> list[Parked]:
         overdue = _OVERDUE.format(seconds=sql.Literal(self._timeout))
         query = _FREE.format(
-            overdue=overdue, its_turn=sql.Literal(ROW_WAITS), condition=condition, most=sql.Literal(_MOST)
+            overdue=overdue,
+            row_waits=sql.Literal(ROW_WAITS),
+            earlier_waits=sql.Literal(EARLIER_WAITS),
+            condition=condition,
+            most=sql.Literal(_MOST),
         )
         return [Parked(*row) for row in connection.execute(query)]
 
@@ -208,7 +216,7 @@ def _row(work: Work, applied: Applied, body: bytes) -> list[Any]:
         applied.reason,
         applied.message.replace("\0", "\\0"),
         body,
-        awaited is None and applied.reason not in {ROW_WAITS, UPDATE_MISSING},
+        awaited is None and applied.reason not in {ROW_WAITS, UPDATE_MISSING, EARLIER_WAITS},
         _LONGEST,
         applied.reason == ROW_WAITS,
         work.group,
