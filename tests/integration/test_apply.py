@@ -396,6 +396,20 @@ def test_a_row_whose_parent_is_missing_waits_for_it(shop: Database, make: Make, 
     assert applier.apply(child, mapping("insert")).outcome is Outcome.APPLIED
 
 
+def test_a_delete_waits_for_the_rows_that_refer_to_its_own(each_shop: Database, make: Make) -> None:
+    """PostgreSQL 18 has a SQLSTATE of its own for RESTRICT."""
+    each_shop.execute("""
+        CREATE TABLE shop.notes (id bigint PRIMARY KEY, order_id bigint REFERENCES shop.orders ON DELETE RESTRICT);
+        INSERT INTO shop.orders (id) VALUES (1);
+        INSERT INTO shop.notes VALUES (1, 1);
+    """)
+    applier, delete = make(each_shop), mapping("delete")
+    waits = applier.apply(event({"id": 1}, "order"), delete)
+    assert (waits.outcome, waits.reason in {"23001", "23503"}) == (Outcome.RETRY, True)
+    assert applier.apply(event({"id": 1}, "note"), mapping("delete", into="shop.notes")).outcome is Outcome.APPLIED
+    assert applier.apply(event({"id": 1}, "order"), delete).outcome is Outcome.APPLIED
+
+
 def test_a_delete_that_finds_nothing_is_ignored_and_its_key_is_claimed(shop: Database, make: Make) -> None:
     applier, received = make(shop), event({"id": 404})
     found = applier.apply(received, mapping("delete"))

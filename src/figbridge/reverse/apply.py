@@ -22,7 +22,7 @@ from figbridge.reverse.guard import LoopGuard
 from figbridge.reverse.mapping import Mapping, Work
 from figbridge.reverse.novelty import Novelty, Rows
 from figbridge.reverse.outcome import (
-    PARENT_MISSING,
+    FOREIGN_KEY,
     UPDATE_MISSING,
     Applied,
     Awaited,
@@ -265,7 +265,7 @@ class Applier:
         query = suspects.query or ""
         if work.expected and (refused := self._refused(work, error)):
             return refused
-        if state == PARENT_MISSING:
+        if state in FOREIGN_KEY:
             parent = self._parent(work, error)
             return Applied(Outcome.RETRY, state, words(error), parent, query)
         return Applied(Outcome.DEAD_LETTER, state, words(error), statement=query)

@@ -27,7 +27,7 @@ from figbridge.reverse import transaction
 from figbridge.reverse.group import Naming
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.message import write
-from figbridge.reverse.outcome import DONE, PARENT_MISSING, STALE_VERSION, Applied, Outcome
+from figbridge.reverse.outcome import DONE, FOREIGN_KEY, STALE_VERSION, Applied, Outcome
 from figbridge.reverse.parents import tables_of
 from figbridge.reverse.policy import Expected, Policy, Row
 from figbridge.reverse.statement import Free, Statement
@@ -272,7 +272,7 @@ def refusal(connection: psycopg.Connection, work: Work, error: psycopg.Error, me
     Applied when the row came between our look and our insert: try again. Raises psycopg.Error.
     """
     state, diag = error.sqlstate, error.diag
-    if state not in {_UNIQUE, PARENT_MISSING}:
+    if state not in {_UNIQUE, *FOREIGN_KEY}:
         return None
     tables = tables_of(connection, diag)
     made = [it for it in work.statements if isinstance(it, Statement)]
@@ -282,7 +282,7 @@ def refusal(connection: psycopg.Connection, work: Work, error: psycopg.Error, me
         kinds, policy = expected.policy.rules.kinds, expected.policy.rules.policy
         task = Task(statement, expected)
         task.verdict = Verdict(None)
-        if state == PARENT_MISSING:
+        if state in FOREIGN_KEY:
             rule, kind = str(kinds.fk_missing), FK_MISSING
         else:
             rule, kind = kinds.unique_other or ("legacy_wins" if policy == "legacy_wins" else "reject"), UNIQUE_OTHER

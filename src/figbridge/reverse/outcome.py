@@ -2,7 +2,8 @@
 
     retry    08, 53, 57 (but a timeout)       the server: everything waits, nobody is to blame
              40, 55, 57014, 25P04             this row, now: the event waits a moment, the others go on
-    park     23503, and a row that is missing until that row is there
+    park     23503, 23001                     until the row that is referred to is there, or its last child is gone
+             a row that is missing            until it is there
     poison   22, 23, 42, the rest             dead letter
 
 https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -17,7 +18,8 @@ import psycopg
 from figbridge import legacy
 from figbridge.errors import BridgeError, LegacyUnavailable
 
-PARENT_MISSING: Final = "23503"  # foreign_key_violation: another event is to come first
+# foreign_key_violation, and what ON DELETE RESTRICT is from PostgreSQL 18 on: another event is to come first
+FOREIGN_KEY: Final = ("23503", "23001")
 UPDATE_MISSING: Final = "update_missing"
 DELETE_MISSING: Final = "delete_missing"
 STALE_VERSION: Final = "stale_version"
