@@ -255,6 +255,36 @@ def test_what_only_waited_for_its_turn_is_tried_before_it_is_given_up(shop: Data
     assert letters == [("1", "23503"), ("3", "23503")]
 
 
+def test_what_is_overdue_is_tried_a_last_time(shop: Database, bridge: Bridge) -> None:
+    """A bridge that was down for longer than park-timeout finds both at once: the row, and that time is over."""
+    bridge.send("1", "status", id=1, status="b")
+    bridge.send("2", "status", id=2, status="b")
+    bridge.until(retried=2)
+    shop.execute("""
+        UPDATE figbridge.parked SET parked_at = now() - interval '1 hour';
+        INSERT INTO shop.orders (id, status) VALUES (1, 'a')
+    """)
+    bridge.until(applied=1, dead_letter=1)
+    assert orders(shop) == [(1, "b")]
+    (letter,) = shop.execute("SELECT event_id, message FROM figbridge.dead_letter")
+    assert letter[0] == "2"
+    assert "earlier event" in letter[1]
+
+
+def test_what_a_lock_kept_from_its_row_says_so_in_the_end(shop: Database, bridge: Bridge) -> None:
+    shop.execute("INSERT INTO shop.orders (id, status) VALUES (1, 'a')")
+    with shop.connect() as legacy, legacy.transaction():
+        legacy.execute("SELECT * FROM shop.orders FOR UPDATE")
+        bridge.send("1", "status", id=1, status="b")
+        until(lambda: bridge.outcome("retried") >= 1, 20, bridge.said)
+        until(lambda: count(shop, "figbridge.parked") == 1)
+        shop.execute("UPDATE figbridge.parked SET parked_at = now() - interval '1 hour'")
+        bridge.until(dead_letter=1)
+    ((reason, message),) = shop.execute("SELECT reason, message FROM figbridge.dead_letter")
+    assert reason == "55P03"
+    assert "earlier event" not in message
+
+
 def test_a_mapping_whose_column_goes_fails_alone_and_comes_back(shop: Database, bridge: Bridge) -> None:
     bridge.send("1", "order", id=1, status="a")
     bridge.until(applied=1)

@@ -42,7 +42,7 @@ from figbridge.retry import Stopped, persist
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
 from figbridge.reverse.hands import Hand, Hands
-from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, cut, letter, tell
+from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, cut, given_up, letter, tell
 from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
 from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome
@@ -293,12 +293,15 @@ class Consumer:
         if time.monotonic() < self._look_at:
             return
         while (self._count(stop)) and (ready := persist(self._park.ready, what="look into the park", stop=stop)):
-            items = [self._prepared(parked) for parked in ready]
-            for item in items:
-                if isinstance(item.delivery, Parked) and item.delivery.overdue:
-                    message = f"{item.delivery.message}; waited in vain for an earlier event"
-                    item.work, item.applied = None, Applied(Outcome.DEAD_LETTER, item.delivery.reason, message)
+            items = [self._prepared(parked) for parked in ready if not parked.overdue]
+            # for the last time, and so when the others may have brought their rows
+            last = [self._prepared(parked) for parked in ready if parked.overdue]
             self._apply(self._parts(items), stop)
+            self._apply(self._parts(last), stop)
+            for item in last:
+                if item.applied and item.applied.outcome is Outcome.RETRY:
+                    item.applied = given_up(item.applied)
+            items += last
             self._keep_waiting(items, stop)
             self._settle(items, stop)
             if all(item.applied and item.applied.outcome is Outcome.RETRY for item in items):

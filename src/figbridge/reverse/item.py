@@ -11,7 +11,7 @@ from figbridge.event import Named
 from figbridge.reverse.express import Parcel
 from figbridge.reverse.mapping import Mapping, Work
 from figbridge.reverse.message import Enveloping, parse
-from figbridge.reverse.outcome import MAPPING_BROKEN, Applied, Outcome
+from figbridge.reverse.outcome import MAPPING_BROKEN, Applied, Outcome, contention
 from figbridge.reverse.park import Parked
 from figbridge.reverse.statement import Free, Statement
 from figbridge.transports import Delivery
@@ -78,6 +78,14 @@ def _size(statement: Statement | Free) -> int:
 def broken(mapping: Mapping) -> Applied:
     """What becomes of the events of a mapping that does not fit its table."""
     return Applied(Outcome.DEAD_LETTER, MAPPING_BROKEN, mapping.broken or "")
+
+
+def given_up(applied: Applied) -> Applied:
+    """What becomes of an event that would have to wait again when its time is over."""
+    why = "tried in vain for too long" if contention(applied.reason) else "waited in vain for an earlier event"
+    return Applied(
+        Outcome.DEAD_LETTER, applied.reason, f"{applied.message}; {why} (park-timeout)", statement=applied.statement
+    )
 
 
 def letter(item: Item, bare: Enveloping | None) -> DeadLetter:

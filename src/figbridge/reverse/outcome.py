@@ -78,7 +78,12 @@ DONE: Final = Applied(Outcome.APPLIED)  # of nearly every event, so it is told b
 
 def contended(error: psycopg.Error) -> bool:
     """Whether the error is about a row that somebody else has at this moment."""
-    return (error.sqlstate or "").startswith(_CONTENTION)
+    return contention(error.sqlstate or "")
+
+
+def contention(reason: str) -> bool:
+    """As `contended`, of an outcome's reason."""
+    return reason.startswith(_CONTENTION)
 
 
 def unavailable(error: psycopg.Error) -> BridgeError:

@@ -2,7 +2,7 @@
 
     applied in vain (no parent, no row) ──▶ parked, acknowledged at the queue
     row there? the earlier event of the entity (group) gone? ──▶ handed out again, like a delivery of any source
-    park-timeout over ──▶ dead letter
+    park-timeout over ──▶ tried once more ──▶ dead letter
 
 Why a table and not the queue: a queue counts deliveries and gives up after some, blocks a FIFO group, and forgets after
 days; and every replica must see what waits, or it would let a later event overtake. Nothing is tried in vain: one query
@@ -18,7 +18,8 @@ in vain is a row that a later event of the same group brings, behind an event of
 asked for cannot be had. After park-timeout the first becomes a dead letter, and the group goes on. Within one entity
 the exception above holds in a group, too: else each update that came before its row would stop a group of one row.
 
-An event whose turn has only just come is tried before it is called overdue: it has waited for others, not in vain.
+An event whose turn has only just come is tried before it is called overdue: it has waited for others, not in vain. An
+overdue one is tried a last time: while no bridge ran, its row may have come, or its lock may have gone.
 
 What a constraint refuses while an earlier event of its batch waits (`search`) is tried again when that one has gone.
 
@@ -86,7 +87,10 @@ _BY_ROW: Final = sql.SQL("""
 
 @dataclass(frozen=True, slots=True)
 class Parked:
-    """A parked event that may be tried again; `overdue`: it has waited for too long. See `transports.Delivery`."""
+    """A parked event that may be tried again; `overdue`: it has waited for too long, and this is its last try.
+
+    See `transports.Delivery`.
+    """
 
     source: str
     key: str
