@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from figbridge.errors import LegacyUnavailable
 from figbridge.metrics import Metrics
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.drift import Drift
@@ -125,6 +126,35 @@ def test_a_row_that_somebody_holds_holds_up_nobody_else(shop: Database, applier:
     assert found.count(APPLIED) == 19
     assert found[5] == ("retried", "55P03")
     assert orders(shop) == [(n, "a" if n == 5 else "b") for n in range(20)]
+
+
+FAIL = """
+    CREATE FUNCTION shop.fail() RETURNS trigger LANGUAGE plpgsql AS $$
+        BEGIN
+            IF NEW.id = 5 THEN RAISE 'not now' USING ERRCODE = '{}'; END IF;
+            RETURN NEW;
+        END $$;
+    CREATE TRIGGER fail BEFORE INSERT ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.fail()
+"""
+
+
+@pytest.mark.parametrize("state", ["08001", "53200", "53400", "57000"])
+def test_a_statement_that_sounds_like_a_server_that_is_away_holds_up_nobody_else(
+    shop: Database, applier: Applier, state: str
+) -> None:
+    shop.execute(FAIL.format(state))
+    found = outcomes(applier, [work(mapping(), f"e{n}", id=n, status="a") for n in range(20)])
+    assert found == [("retried", state) if n == 5 else APPLIED for n in range(20)]
+
+
+@pytest.mark.parametrize("state", ["53100", "53300", "57P03", "58030"])
+def test_a_server_that_is_not_well_is_waited_for_and_the_log_has_the_statement(
+    shop: Database, applier: Applier, state: str
+) -> None:
+    shop.execute(FAIL.format(state))
+    with pytest.raises(LegacyUnavailable) as caught:
+        outcomes(applier, [work(mapping(), f"e{n}", id=n, status="a") for n in range(20)])
+    assert 'INSERT INTO "shop"."orders"' in caught.value.hint
 
 
 # --- those that run ahead of others

@@ -41,6 +41,7 @@ from figbridge.reverse.transaction import Examiner, Suspects
 # What a claim can suffer from because of its values: a character the database's encoding has not (22), a key longer
 # than an index entry may be (54). Anything else that happens to a claim would happen to the next one, too.
 _CLAIM_POISON: Final = ("22", "54")
+_SHOWN: Final = 200  # characters of a statement, in the log
 
 _Result = TypeVar("_Result")
 
@@ -222,8 +223,8 @@ class Applier:
             begin = [*self._begin, *self._guard.beginning(connection, works)] if self._guard else self._begin
             return run(connection, works, begin)
         except Suspects as suspects:
-            if (error := suspects.error) is not None:
-                self._raise_if_not_the_events(error, claiming=suspects.claiming)
+            if suspects.error is not None:
+                self._raise_if_not_the_events(suspects, suspects.error)
             raise
         except psycopg.Error as error:
             raise_if_bug(error)
@@ -231,8 +232,8 @@ class Applier:
         finally:
             self._session.leave_clean(connection)
 
-    def _raise_if_not_the_events(self, error: psycopg.Error, *, claiming: bool) -> None:
-        if contended(error):
+    def _raise_if_not_the_events(self, suspects: Suspects, error: psycopg.Error) -> None:
+        if contended(error, claiming=suspects.claiming):
             return
         if self._session.prepares and express.session_swapped(error):
             self._session.prepares = False
@@ -243,8 +244,10 @@ class Applier:
             ) from error
         refused = unavailable(error)
         if refused.retryable and (error.sqlstate is not None or isinstance(error, psycopg.OperationalError)):
+            if suspects.query is not None and error.sqlstate is not None:  # it may be a trigger's word
+                refused.hint += f"; it was the answer to: {' '.join(suspects.query.split())[:_SHOWN]}"
             raise refused from error
-        if claiming and not (error.sqlstate or "").startswith(_CLAIM_POISON):
+        if suspects.claiming and not (error.sqlstate or "").startswith(_CLAIM_POISON):
             raise_if_bug(error)
             refused.hint = "the inbox must be there and ours to write: see `figbridge check`, and `figbridge init`"
             raise refused from error
@@ -260,9 +263,9 @@ class Applier:
         state = error.sqlstate or "driver"
         if suspects.claiming and not contended(error):
             return Applied(Outcome.DEAD_LETTER, state, f"the idempotency key cannot be stored: {words(error)}")
-        if contended(error):
-            return Applied(Outcome.RETRY, state, words(error))
         query = suspects.query or ""
+        if contended(error):
+            return Applied(Outcome.RETRY, state, words(error), statement=query)
         if work.expected and (refused := self._refused(work, error)):
             return refused
         if state in FOREIGN_KEY:

@@ -45,7 +45,7 @@ from figbridge.reverse.hands import Hand, Hands
 from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, cut, given_up, letter, tell
 from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
-from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome
+from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome, contention
 from figbridge.reverse.park import Park, Parked
 from figbridge.transports import Delivery, Source
 
@@ -277,10 +277,12 @@ class Consumer:
             if item.work in refused:
                 item.applied = refused[item.work]
             elif item.applied and item.applied.outcome is Outcome.RETRY:
+                what = "cannot be applied now" if contention(item.applied.reason) else "waits for another one"
                 _log.info(
-                    "event waits for another one",
+                    f"event {what}",
                     event_id=item.event.id if item.event else None,
                     reason=item.applied.reason,
+                    tables=[".".join(it) for it in item.work.mapping.tables] if item.work else None,
                     attempts=item.delivery.attempts,
                 )
         self._parked += len(waiting)

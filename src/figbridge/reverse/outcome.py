@@ -1,7 +1,9 @@
 """What becomes of an event, and how a SQLSTATE decides it.
 
-    retry    08, 53, 57 (but a timeout)       the server: everything waits, nobody is to blame
+    retry    08, 53, 57 (but those below)     the server: everything waits, nobody is to blame
              40, 55, 57014, 25P04             this row, now: the event waits a moment, the others go on
+             08, 53200, 53400, 57000          the same where a statement failed and the session goes on: what a trigger
+                                              asks is away, or this statement is too much
     park     23503, 23001                     until the row that is referred to is there, or its last child is gone
              a row that is missing            until it is there
     poison   22, 23, 42, the rest             dead letter
@@ -34,6 +36,9 @@ PING_PONG: Final = "ping_pong"
 _NOT_THE_EVENTS_FAULT: Final = ("25006", "25P03", "58")
 # Somebody else has the row: a deadlock, a serialization failure, a lock, statement or transaction timeout.
 _CONTENTION: Final = ("40", "55", "57014", "25P04")
+# What of 08, 53 and 57 a statement can fail with while the server is well: a trigger's own connection (dblink), no room
+# in the lock table for so many partitions, temp_file_limit, a trigger that says so.
+_OF_A_STATEMENT: Final = ("08", "53200", "53400", "57000")
 
 
 class Outcome(StrEnum):
@@ -76,14 +81,22 @@ class Applied:
 DONE: Final = Applied(Outcome.APPLIED)  # of nearly every event, so it is told by `is`
 
 
-def contended(error: psycopg.Error) -> bool:
-    """Whether the error is about a row that somebody else has at this moment."""
-    return contention(error.sqlstate or "")
+def contended(error: psycopg.Error, *, claiming: bool = False) -> bool:
+    """Whether the error is about what the event needs and cannot have at this moment, and not about the server.
+
+    `claiming`: it is of a statement of ours that any event would have failed with.
+    """
+    state = error.sqlstate or ""
+    if state.startswith(_CONTENTION):
+        return True
+    # the severity tells before the connection does: after FATAL and PANIC it is gone
+    goes_on = error.diag.severity_nonlocalized == "ERROR"
+    return goes_on and not claiming and state.startswith(_OF_A_STATEMENT)
 
 
 def contention(reason: str) -> bool:
-    """As `contended`, of an outcome's reason."""
-    return reason.startswith(_CONTENTION)
+    """As `contended`, of the reason for which an event waits."""
+    return reason.startswith((*_CONTENTION, *_OF_A_STATEMENT))
 
 
 def unavailable(error: psycopg.Error) -> BridgeError:
