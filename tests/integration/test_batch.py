@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from decimal import Decimal
@@ -126,6 +127,32 @@ def test_a_row_that_somebody_holds_holds_up_nobody_else(shop: Database, applier:
     assert found.count(APPLIED) == 19
     assert found[5] == ("retried", "55P03")
     assert orders(shop) == [(n, "a" if n == 5 else "b") for n in range(20)]
+
+
+def test_a_locked_table_costs_one_timeout_and_little_more(shop: Database, applier: Applier) -> None:
+    works = [work(mapping(), f"e{n}", id=n, status="a") for n in range(100)]
+    with shop.connect() as legacy, legacy.transaction():
+        legacy.execute("LOCK TABLE shop.orders IN SHARE MODE")
+        begun = time.monotonic()
+        assert outcomes(applier, works) == [("retried", "55P03")] * 100
+        assert time.monotonic() - begun < 10, "199 timeouts would take 40 s"
+    assert outcomes(applier, works) == [APPLIED] * 100
+
+
+def test_slow_statements_cost_two_timeouts_and_hold_up_nobody_else(shop: Database) -> None:
+    shop.execute("""
+        CREATE FUNCTION shop.slow() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN IF NEW.id >= 50 THEN PERFORM pg_sleep(30); END IF; RETURN NEW; END';
+        CREATE TRIGGER slow BEFORE INSERT ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.slow()
+    """)
+    customer = mapping("insert", into="shop.customers", set={"id": "detail.id"})
+    works = [work(mapping(), f"e{n}", id=n, status="a") for n in range(80)]
+    works.append(work(customer, "other", id=1))
+    begun = time.monotonic()
+    with closing(Applier(shop.dsn, statement_timeout=0.5, lock_timeout=0.2)) as impatient:
+        found = outcomes(impatient, works)
+    assert found == [APPLIED] * 50 + [("retried", "57014")] * 30 + [APPLIED]
+    assert time.monotonic() - begun < 10, "each of thirty would take 15 s"
 
 
 FAIL = """

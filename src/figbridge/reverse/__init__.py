@@ -25,7 +25,7 @@ policy.py       a statement's rules for conflicts: lock the rows, and compare th
 verdict.py      who wins
 conflict.py     both of them in the transaction, and the record of it; resolve.py: a person's word on it
 outcome.py      SQLSTATE → retry, park, poison
-park.py         what waits for a row; parents.py says for which
+park.py         what waits for a row; parents.py says for which; slow.py: what timeouts ended
 drift.py        mappings against the live catalogue
 purge.py        old keys leave the inbox
 rehearse.py     `figbridge mapping test`; dryrun.py: all events as in earnest, and then ROLLBACK

@@ -33,7 +33,7 @@ from figbridge.reverse.outcome import (
     words,
 )
 from figbridge.reverse.parents import missing_parent
-from figbridge.reverse.search import Search
+from figbridge.reverse.search import BRIEF, Search
 from figbridge.reverse.session import Session
 from figbridge.reverse.statement import Statement
 from figbridge.reverse.transaction import Examiner, Suspects
@@ -70,6 +70,10 @@ class Applier:
         on_step: Callable[[str], None] = lambda _step: None,
     ) -> None:
         self._begin = transaction.beginning(_milliseconds(statement_timeout), _milliseconds(lock_timeout))
+        brief = min(lock_timeout, BRIEF)
+        self._begin_briefly = transaction.beginning(_milliseconds(statement_timeout), _milliseconds(brief))
+        self._lock_timeout = lock_timeout
+        self._hurried = False
         # the server's own end of a statement comes first
         self._session = Session(dsn, guard, patience=statement_timeout + legacy.PATIENCE)
         self._guard = guard
@@ -83,6 +87,7 @@ class Applier:
     def apply(self, event: Received, mapping: Mapping) -> Applied:
         """Apply one event; as `apply_all`, but raises LegacyUnavailable when somebody else has the row."""
         work = mapping.prepare(event)
+        self._hurried = False
         try:
             return self._transaction([work], self._run)[work]
         except Suspects as suspects:
@@ -99,6 +104,7 @@ class Applier:
         parcel: express.Parcel | None = None,
         following: Callable[[], express.Parcel | None] = lambda: None,
         before: dict[Work, Applied] | None = None,
+        hurried: bool = False,
     ) -> dict[Work, Applied]:
         """Apply `works`, in their order for each entity and each message group; what became of each.
 
@@ -111,8 +117,9 @@ class Applier:
         before, as far as anybody knows. `parcel` is of `parcel`, for about these works. `following` is asked at COMMIT
         for the parcel that the next call will have, if it is known by then: the server begins with it at once.
         `before` are the outcomes of earlier events that are not parked yet: what waits there is not overtaken here.
+        `hurried`: locks are waited for but briefly.
         """
-        self._may_commit, self._following = may_commit, following
+        self._may_commit, self._following, self._hurried = may_commit, following, hurried
         outcomes = dict(before) if before else {}
         batches = [works] if parcel and parcel.works == works else order.without_repeated_keys(works)
         for batch in batches:
@@ -178,7 +185,12 @@ class Applier:
 
     def _search(self, works: Sequence[Work], outcomes: dict[Work, Applied], suspects: Suspects | None = None) -> None:
         """Apply `works` step by step, whatever is the matter with some; `suspects` is how a first try ended."""
-        Search(works, outcomes, lambda some: self._transaction(some, self._run), self._judged).run(suspects)
+
+        def transact(some: Sequence[Work], briefly: bool) -> dict[Work, Applied]:
+            self._hurried |= briefly
+            return self._transaction(some, self._run)
+
+        Search(works, outcomes, transact, self._judged, allowance=self._lock_timeout).run(suspects)
 
     def _run(
         self,
@@ -220,7 +232,9 @@ class Applier:
     ) -> _Result:
         connection = (connected or self.connection)()
         try:
-            begin = [*self._begin, *self._guard.beginning(connection, works)] if self._guard else self._begin
+            begin = self._begin_briefly if self._hurried else self._begin
+            if self._guard:
+                begin = [*begin, *self._guard.beginning(connection, works)]
             return run(connection, works, begin)
         except Suspects as suspects:
             if suspects.error is not None:

@@ -45,8 +45,9 @@ from figbridge.reverse.hands import Hand, Hands
 from figbridge.reverse.item import NOBODYS, UNMAPPED, Item, Part, broken, cut, given_up, letter, tell
 from figbridge.reverse.mapping import Mappings, Work
 from figbridge.reverse.message import Enveloping, Malformed, parse
-from figbridge.reverse.outcome import DONE, PING_PONG, Applied, Outcome, contention
+from figbridge.reverse.outcome import DONE, PING_PONG, TIMEOUTS, Applied, Outcome, contention
 from figbridge.reverse.park import Park, Parked
+from figbridge.reverse.slow import Slow
 from figbridge.transports import Delivery, Source
 
 _log = structlog.get_logger()
@@ -99,6 +100,7 @@ class Consumer:
         self._drift = drift
         self._prepare_start = prepare
         self._park = Park(applier.connection, timeout=park_timeout)
+        self._slow = Slow()
         self._parked = 0
         self._look_at = 0.0
 
@@ -221,8 +223,8 @@ class Consumer:
         """Whether something is to be done about these before the next batch."""
         return any(it.outcome is Outcome.RETRY for it in outcomes if it is not DONE)
 
-    def _apply(self, parts: Sequence[Part], stop: threading.Event) -> bool:
-        """Apply them; the outcomes go into the items. Whether these hold up the next batch.
+    def _apply(self, parts: Sequence[Part], stop: threading.Event, *, hurried: bool = False) -> bool:
+        """Apply them; the outcomes go into the items. Whether these hold up the next batch. `hurried` as `apply_all`.
 
         Of the thread that owns the connection.
         """
@@ -251,6 +253,7 @@ class Consumer:
                                 parcel=part.parcel,
                                 following=lambda: part.behind,
                                 before=before,
+                                hurried=hurried,
                             )
                     except _Lost:
                         pass  # rolled back; without those that are not ours any more
@@ -294,16 +297,26 @@ class Consumer:
             persist(self._drift.look, what="look at the catalogue", stop=stop)
         if time.monotonic() < self._look_at:
             return
-        while (self._count(stop)) and (ready := persist(self._park.ready, what="look into the park", stop=stop)):
-            items = [self._prepared(parked) for parked in ready if not parked.overdue]
+
+        def look() -> list[Parked]:
+            return self._park.ready(slow=self._slow.due)
+
+        def alone(item: Item, hurried: bool) -> bool:
+            return self._apply(self._parts([item]), stop, hurried=hurried)
+
+        while self._count(stop) and (ready := persist(look, what="look into the park", stop=stop)):
+            quick = [it for it in ready if it.reason not in TIMEOUTS]
+            items = [self._prepared(parked) for parked in quick if not parked.overdue]
             # for the last time, and so when the others may have brought their rows
-            last = [self._prepared(parked) for parked in ready if parked.overdue]
+            last = [self._prepared(parked) for parked in quick if parked.overdue]
             self._apply(self._parts(items), stop)
             self._apply(self._parts(last), stop)
-            for item in last:
-                if item.applied and item.applied.outcome is Outcome.RETRY:
-                    item.applied = given_up(item.applied)
             items += last
+            items += self._slow.apply([self._prepared(it) for it in ready if it.reason in TIMEOUTS], alone)
+            for item in items:
+                overdue = isinstance(item.delivery, Parked) and item.delivery.overdue
+                if overdue and item.applied and item.applied.outcome is Outcome.RETRY:
+                    item.applied = given_up(item.applied)
             self._keep_waiting(items, stop)
             self._settle(items, stop)
             if all(item.applied and item.applied.outcome is Outcome.RETRY for item in items):

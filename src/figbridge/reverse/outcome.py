@@ -36,6 +36,10 @@ PING_PONG: Final = "ping_pong"
 _NOT_THE_EVENTS_FAULT: Final = ("25006", "25P03", "58")
 # Somebody else has the row: a deadlock, a serialization failure, a lock, statement or transaction timeout.
 _CONTENTION: Final = ("40", "55", "57014", "25P04")
+# lock_not_available by lock_timeout, query_canceled by statement_timeout: each try costs the whole of it
+LOCK_TIMEOUT: Final = "55P03"
+STATEMENT_TIMEOUT: Final = "57014"
+TIMEOUTS: Final = (LOCK_TIMEOUT, STATEMENT_TIMEOUT)
 # What of 08, 53 and 57 a statement can fail with while the server is well: a trigger's own connection (dblink), no room
 # in the lock table for so many partitions, temp_file_limit, a trigger that says so.
 _OF_A_STATEMENT: Final = ("08", "53200", "53400", "57000")

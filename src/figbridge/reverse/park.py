@@ -36,7 +36,16 @@ from psycopg import sql
 
 from figbridge.reverse.claim import REUSED
 from figbridge.reverse.mapping import Work
-from figbridge.reverse.outcome import EARLIER_WAITS, ROW_WAITS, UPDATE_MISSING, Applied, Outcome, unavailable, words
+from figbridge.reverse.outcome import (
+    EARLIER_WAITS,
+    ROW_WAITS,
+    TIMEOUTS,
+    UPDATE_MISSING,
+    Applied,
+    Outcome,
+    unavailable,
+    words,
+)
 from figbridge.reverse.statement import empty
 
 _log = structlog.get_logger()
@@ -79,6 +88,7 @@ _FREE: Final = sql.SQL("""
 """)
 _OVERDUE: Final = sql.SQL("p.parked_at < now() - {seconds} * interval '1 second'")
 _BY_TIME: Final = sql.SQL("p.awaited_table IS NULL AND p.due_at <= now()")
+_NOT_SLOW: Final = sql.SQL(" AND p.reason NOT IN ({})").format(sql.SQL(", ").join(map(sql.Literal, TIMEOUTS)))
 _BY_ROW: Final = sql.SQL("""
     p.awaited_table = {names} AND p.awaited_columns = {columns} AND p.due_at <= now() AND EXISTS (
         SELECT FROM {table} AS t, json_populate_record({empty}, p.awaited::json) AS r WHERE {row})
@@ -155,12 +165,16 @@ class Park:
             raise unavailable(error) from error
         return row[0] if row else 0
 
-    def ready(self) -> list[Parked]:
-        """Those whose row has come, whose turn it is, or who have waited for too long."""
+    def ready(self, *, slow: bool = True) -> list[Parked]:
+        """Those whose row has come, whose turn it is, or who have waited for too long.
+
+        `slow`: also those that a timeout ended the last time.
+        """
+        overdue = _OVERDUE.format(seconds=sql.Literal(self._timeout))
         try:
             connection = self._connection()
-            found = self._free(connection, _OVERDUE.format(seconds=sql.Literal(self._timeout)))
-            found += self._free(connection, _BY_TIME)
+            found = self._free(connection, overdue if slow else overdue + _NOT_SLOW)
+            found += self._free(connection, _BY_TIME if slow else _BY_TIME + _NOT_SLOW)
             awaited = connection.execute(
                 "SELECT DISTINCT awaited_table, awaited_columns FROM figbridge.parked WHERE awaited_table IS NOT NULL"
             ).fetchall()
