@@ -33,6 +33,7 @@ SCHEMA: Final = "figbridge"
 _PASSING: Final = ("08", "25006", "25P03", "25P04", "40", "53", "55", "57")
 _AWAY: Final = ("08", "57P")  # of connections, and of servers that stop or start
 _LOOK: Final = "look whether it runs, and whether host and port in the DSN are right; then "
+_CHECK: Final = "`figbridge check` says what is missing"
 _AGAIN: Final = "run the command again. `figbridge run` tries again by itself, and nothing is lost"
 
 # libpq's names; all of them may be set in the DSN. Together: a peer that is gone is noticed after 20 to 25 s, whether
@@ -158,8 +159,10 @@ def describe(dsn: str) -> str:
     return " ".join(f"{key}={parts[key]}" for key in ("host", "port", "dbname", "user") if parts.get(key))
 
 
-def translate(error: psycopg.Error) -> BridgeError:
+def translate(error: psycopg.Error, missing: str = _CHECK) -> BridgeError:
     """The psycopg error as one of ours: LegacyUnavailable when its SQLSTATE says that it passes.
+
+    `missing` is the remedy where the server lacks an object or the role a right.
 
     A connection that was refused has no SQLSTATE. It is tried again too, at ERROR (`figbridge.refusal` says why).
     """
@@ -173,17 +176,17 @@ def translate(error: psycopg.Error) -> BridgeError:
     if state is None or state.startswith(_PASSING):
         look = _LOOK if state is None or state.startswith(_AWAY) else ""
         return LegacyUnavailable(f"the legacy database is not available: {text}", hint=f"{look}{_AGAIN}")
-    missing = "`figbridge check` says what is missing" if state.startswith(("3F", "42")) else ""
-    return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})", hint=missing)
+    hint = missing if state.startswith(("3F", "42")) else ""
+    return BridgeError(f"the legacy database refused: {text} (SQLSTATE {state})", hint=hint)
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Raise psycopg's errors inside as ours."""
+def translated(missing: str = _CHECK) -> Iterator[None]:
+    """Raise psycopg's errors inside as ours. `missing` as in `translate`."""
     try:
         yield
     except psycopg.Error as error:
-        raise translate(error) from error
+        raise translate(error, missing) from error
 
 
 @contextmanager

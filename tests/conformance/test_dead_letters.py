@@ -141,13 +141,12 @@ def test_a_table_that_may_not_be_written_fails_the_check(database: Database) -> 
     database.execute(SCHEMA)
     with role(database, "LOGIN") as (name, dsn):
         store = open_dead_letters(TableDeadLetters(type="table"), dsn)
-        with pytest.raises(BridgeError):
+        with pytest.raises(BridgeError, match="may not write") as caught:
             store.check()
-        database.execute(f"GRANT USAGE ON SCHEMA figbridge TO {name}")
-        with pytest.raises(BridgeError) as caught:
-            store.check()
-        assert "INSERT" in caught.value.hint
         database.execute(f"GRANT SELECT, INSERT ON figbridge.dead_letter TO {name}")
+        with pytest.raises(BridgeError, match="may not write"):
+            store.check()
+        database.execute(caught.value.hint)
         store.check()
 
 

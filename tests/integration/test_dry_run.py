@@ -25,6 +25,7 @@ from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.reverse import COLUMNS, body, count, make_shop, orders
 
+BLIND = ("error", "reverse.mode")
 OURS = ("inbox", "entity_version", "parked", "conflict", "dead_letter")
 
 
@@ -347,12 +348,16 @@ def test_rehearsals_are_purged_with_age(shop: Database, tmp_path: Path) -> None:
 def test_the_check_says_what_a_shadow_does_and_may(shop: Database, tmp_path: Path) -> None:
     with role(shop) as (name, dsn):
         shop.execute(
-            f"GRANT USAGE ON SCHEMA figbridge, shop TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA figbridge TO {name}; "
+            f"GRANT USAGE ON SCHEMA figbridge TO {name}; GRANT ALL ON ALL TABLES IN SCHEMA figbridge TO {name}; "
             f"GRANT ALL ON ALL TABLES IN SCHEMA shop TO {name}; REVOKE SELECT ON shop.orders FROM {name}; "
             f"GRANT SELECT (id, status, note, quantity, customer_id) ON shop.orders TO {name}"
         )
         path = config_of(shop, tmp_path)
         path.write_text(path.read_text().replace(shop.dsn, dsn))
+        blind = [it.remedy for it in inspected(Config.load(path), "run") if (it.level, it.where) == BLIND]
+        assert all("GRANT USAGE ON SCHEMA" in remedy for remedy in blind)
+        assert len(blind) == 2
+        shop.execute(f"GRANT USAGE ON SCHEMA shop TO {name}")
         found = inspected(Config.load(path), "run")
         assert "nothing of it is written" in found.only("warning", "reverse.mode").what
         finding = found.only("error", "reverse.mode")

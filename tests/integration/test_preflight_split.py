@@ -5,7 +5,7 @@ import pytest
 
 from figbridge import canary, provision
 from figbridge.config import Config
-from fixtures.checked import config_of, inspected, mapping
+from fixtures.checked import config_of, inspected, mapping, role
 from fixtures.postgres import Database
 
 UPDATE = mapping("shop.orders", "update", ["id"], ["status"])
@@ -62,6 +62,25 @@ def test_a_forward_file_where_a_reverse_path_wrote_lately_is_warned(shop: Databa
 
     shop.execute("INSERT INTO figbridge.inbox VALUES ('shop.next', 'l', '', 'e', now())")
     assert "loop" in inspected(forward(shop), "run").only("warning", "reverse").what
+
+
+def test_a_forward_file_without_tables_does_not_mind_a_schema_that_its_role_may_not_use(
+    each_database: Database,
+) -> None:
+    each_database.execute("CREATE SCHEMA shop; CREATE TABLE shop.orders (id int PRIMARY KEY, status text)")
+    provision.initialise(both(each_database))
+    with role(each_database) as (name, dsn):
+        each_database.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT SELECT ON shop.orders TO {name}")
+        assert inspected(config_of(dsn, slot=each_database.slot), "run").errors == []
+
+        letters = {"sink": {"type": "stdout"}, "dead-letters": {"type": "table"}}
+        asked = config_of(dsn, slot=each_database.slot, forward=letters)
+        found = inspected(asked, "run")
+        assert set(found.errors) == {"schema figbridge"}
+        for finding in found:
+            if finding.level == "error":
+                each_database.execute(finding.remedy)
+        assert inspected(asked, "run").errors == []
 
 
 def test_a_reverse_file_whose_marks_nobody_reads_is_refused(shop: Database) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, Final
 
 import psycopg
+from psycopg import sql
 from psycopg.rows import TupleRow
 
 from figbridge import legacy
@@ -63,18 +64,20 @@ class TableDeadLetterStore:
         """The table is there and may be written to. Raises LegacyUnavailable, BridgeError."""
         with legacy.connect(self._dsn, purpose="dead-letters", autocommit=True) as connection, legacy.translated():
             row = connection.execute(
-                "SELECT has_table_privilege(c, 'INSERT') AND has_table_privilege(c, 'SELECT') "
-                "FROM to_regclass('figbridge.dead_letter') AS c"
+                # not by to_regclass, which raises where the role may not use the schema
+                "SELECT has_schema_privilege(n.oid, 'USAGE') AND has_table_privilege(c.oid, 'INSERT') "
+                "AND has_table_privilege(c.oid, 'SELECT') "
+                "FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace "
+                "WHERE n.nspname = 'figbridge' AND c.relname = 'dead_letter'"
             ).fetchone()
-        if row is None or row[0] is None:  # to_regclass asks for USAGE on the schema, too
-            raise BridgeError(
-                "there is no table figbridge.dead_letter that the role may see",
-                hint="run `figbridge init`, and grant USAGE on the schema",
-            )
+            role = sql.Identifier(connection.info.user).as_string(None)
+        if row is None:
+            raise BridgeError("there is no table figbridge.dead_letter", hint="run `figbridge init`")
         if not row[0]:
             raise BridgeError(
                 "the role may not write to figbridge.dead_letter",
-                hint="grant it SELECT, INSERT and DELETE on the table",
+                hint=f"GRANT USAGE ON SCHEMA figbridge TO {role}; "
+                f"GRANT SELECT, INSERT, DELETE ON figbridge.dead_letter TO {role};",
             )
 
     def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:

@@ -23,7 +23,7 @@ no finding but LegacyUnavailable, because the caller knows whether trying again 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psycopg
 
@@ -45,6 +45,11 @@ from figbridge.preflight.leaving import LEAVING
 
 __all__ = ["LEAVING", "Finding", "Level", "Stage", "inspect", "require"]
 
+# not `figbridge check`: that is this
+_GRANTS: Final = (
+    "grant what the message says is denied; `figbridge init --print-sql` has every right that the role needs"
+)
+
 
 def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
     """Everything worth knowing, in the order in which one would mend it.
@@ -57,7 +62,7 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
         return [] if stage == "init" else [*_ends(config, only)]
     dsn = config.legacy.dsn.get_secret_value()
     names = [split_table(name) for name in config.legacy.tables]
-    with legacy.translated(), legacy.connect(dsn, purpose="check", autocommit=True) as connection:
+    with legacy.translated(_GRANTS), legacy.connect(dsn, purpose="check", autocommit=True) as connection:
         # under SQL_ASCII psycopg would hand out bytes; names are UTF-8 wherever they are anything
         connection.execute("SET client_encoding TO 'UTF8'")
         findings = [*server.probe(connection)]

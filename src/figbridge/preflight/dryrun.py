@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import psycopg
 
 from figbridge.config import MappingSection, split_table
+from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import quote, spell
 from figbridge.preflight.finding import Finding, error, warning
 
@@ -18,16 +19,13 @@ def probe(connection: psycopg.Connection, mappings: Sequence[MappingSection]) ->
         "dry-run: each event is acknowledged, and nothing of it is written",
         "give it a queue of its own; say live when what it records in figbridge.dry_run is explained",
     )
-    for table in dict.fromkeys(split_table(part.into) for it in mappings for part in it.parts if part.into):
-        name = quote(*table)
-        row = connection.execute(
-            "SELECT to_regclass(%(name)s) IS NULL OR has_table_privilege(to_regclass(%(name)s), 'SELECT')",
-            {"name": name},
-        ).fetchone()
-        if not (row and row[0]):
-            role = connection.info.user
+    names = dict.fromkeys(split_table(part.into) for it in mappings for part in it.parts if part.into)
+    found = catalogue.tables(connection, names)
+    for table in (found[name] for name in names if name in found):
+        if not table.readable:
+            role = quote(connection.info.user)
             yield error(
                 _PLACE,
-                f"role {spell(role)} may not read the rows of {'.'.join(table)} before and after",
-                f"GRANT SELECT ON {name} TO {quote(role)};",
+                f"role {spell(connection.info.user)} may not read the rows of {table} before and after",
+                f"GRANT USAGE ON SCHEMA {quote(table.schema)} TO {role}; GRANT SELECT ON {table.quoted} TO {role};",
             )
