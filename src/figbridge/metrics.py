@@ -8,8 +8,18 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from figbridge import log
+
 # pg_replication_slots.wal_status
 SLOT_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
+# the log is the process's
+_LOG_LOST: Final = Counter(
+    "log_lost",
+    "Lines of the log that standard error did not take: a full disk, say.",
+    namespace="figbridge",
+    registry=None,
+)
+log.LOST.append(_LOG_LOST.inc)
 
 
 class Metrics:
@@ -207,6 +217,8 @@ class Metrics:
             namespace="figbridge",
             registry=self.registry,
         )
+        self.log_lost = _LOG_LOST
+        self.registry.register(_LOG_LOST)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="figbridge", registry=self.registry)

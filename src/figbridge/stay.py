@@ -63,6 +63,7 @@ def _wait(seconds: float, address: tuple[str, int], parts: Sequence[str], failed
             http.close()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         if not waiting.asked:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # full, closed, or none at all
+                    stream.flush()
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606 (the command that we are)

@@ -64,3 +64,21 @@ def dropped(database: Database) -> bool:
         connection.execute("SELECT pg_drop_replication_slot(%s)", [database.slot])
         return True
     return False
+
+
+def test_a_log_on_a_full_disk_does_not_end_it(database: Database, tmp_path: Path) -> None:
+    running = staying(database, tmp_path, "600")
+    running.command("init")
+    running.bridge = Bridge(
+        running.config, Path("/dev/full"), "--stay", "600", environment={"LEGACY_DSN": database.dsn}
+    )
+    with running.bridge as bridge:
+        until(lambda: bridge.get("/readyz")[0] == 200, 60)
+        database.execute(
+            "SELECT pg_terminate_backend(active_pid, 5000) FROM pg_replication_slots WHERE slot_name = %s",
+            [database.slot],
+        )
+        database.execute("INSERT INTO thing VALUES (1)")
+        until(lambda: len(running.lines) == 1, 30)
+        assert bridge.metric("figbridge_log_lost_total") > 0
+        assert bridge.terminate() == 0

@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +60,7 @@ def written() -> Iterator[None]:
 
 
 def _say(error: BridgeError) -> None:
-    click.echo(f"figbridge: {error}", err=True)
-    if error.hint:
-        click.echo(f"  remedy: {error.hint}", err=True)
+    with suppress(OSError, ValueError):  # standard error may take nothing, and the exit status is to tell still
+        click.echo(f"figbridge: {error}", err=True)
+        if error.hint:
+            click.echo(f"  remedy: {error.hint}", err=True)
