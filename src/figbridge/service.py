@@ -9,6 +9,7 @@ relay:    relay-1 …            (one or several; alone they need no legacy data
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from typing import Final
 
 import structlog
@@ -81,7 +82,7 @@ def run(config: Config, only: Direction | None = None, supervisor: Supervisor | 
                 config, config.forward, server=server, metrics=metrics, halt=supervisor.halt, stack=stack
             )
         if config.reverse and "reverse" in directions:
-            loops += _reverse(config, config.reverse, metrics, stack)
+            loops += _reverse(config, config.reverse, metrics, stack, findings)
         if config.relay and "relay" in directions:
             loops += _relays(config, config.relay, metrics, supervisor)
         tune(answers="reverse" in directions)
@@ -106,12 +107,23 @@ def parts(config: Config, only: Direction | None) -> tuple[Direction, ...]:
     return (only,)
 
 
-def _reverse(config: Config, section: ReverseSection, metrics: Metrics, stack: contextlib.ExitStack) -> list[Loop]:
+def _reverse(
+    config: Config,
+    section: ReverseSection,
+    metrics: Metrics,
+    stack: contextlib.ExitStack,
+    findings: Sequence[preflight.Finding],
+) -> list[Loop]:
     dsn, kind = config.legacy.write_dsn, config.legacy.loop_guard
     source = open_source(section.source, dsn)
     stack.callback(source.close)
 
+    away = any((it.level, it.where) == ("warning", preflight.WRITING) for it in findings)
+
     def prepare(stop: threading.Event) -> None:
+        if away:
+            what = f"preflight of {preflight.WRITING}"
+            persist(lambda: preflight.require_writing(config), what=what, stop=stop)
         if config.forward and section.mode == "live":  # without a forward path, or a commit, nothing can loop
             canary.prove(dsn, config.legacy.slot, stop, kind)
         metrics.ready.labels("reverse").set(1)

@@ -5,6 +5,7 @@ How long each recovery took is printed; docs/faults.md has the figures.
 """
 
 import contextlib
+import json
 import signal
 import subprocess
 import time
@@ -16,9 +17,13 @@ from pathlib import Path
 import pytest
 from psycopg import conninfo
 
+from figbridge import provision
+from figbridge.config import Config
+from figbridge.demo.port import HeldPort
 from figbridge.demo.postgres import EmbeddedPostgres
 from fixtures import workload
 from fixtures.bridge import Bridge
+from fixtures.checked import mapping
 from fixtures.clock import until
 from fixtures.postgres import Database
 from fixtures.proxy import Direction, Proxy
@@ -299,3 +304,36 @@ def test_a_password_in_the_dsn_that_is_rotated_waits_for_a_human_and_says_so(sec
         ) as again:
             again.until_ready()
             Run(secret.database, again, run.events).finish()
+
+
+def test_the_forward_path_does_not_wait_for_the_pooler_of_the_reverse_path(database: Database, tmp_path: Path) -> None:
+    """It is away when the bridge starts; when it is there, the reverse path is looked at and begins."""
+    database.execute("CREATE SCHEMA shop; CREATE TABLE shop.orders (id int PRIMARY KEY)")
+    target, events = conninfo.conninfo_to_dict(database.dsn), tmp_path / "events.jsonl"
+    with HeldPort() as held:
+        tree = {
+            "legacy": {
+                "dsn": database.dsn,
+                "reverse-dsn": conninfo.make_conninfo(database.dsn, host="127.0.0.1", port=held.number),
+                "slot": database.slot,
+                "tables": ["shop.orders"],
+            },
+            "forward": {"sink": {"type": "file", "path": str(events)}},
+            "reverse": {
+                "source": {"type": "local", "path": str(tmp_path / "bus.sqlite")},
+                "mappings": [mapping("shop.orders", "insert", values=["id"])],
+            },
+            "http": {"listen": "${HTTP_LISTEN}"},
+        }
+        config = tmp_path / "bridge.yaml"
+        config.write_text(json.dumps(tree))
+        provision.initialise(Config.load(config, {"HTTP_LISTEN": "127.0.0.1:0"}))
+        with Bridge(config, tmp_path / "log") as bridge:
+            database.execute("INSERT INTO shop.orders VALUES (1)")
+            until(lambda: events.exists() and len(events.read_bytes().splitlines()) == 1, 30, lambda: bridge.log)
+            assert bridge.get("/readyz") == (503, "not ready: reverse\n")
+            until(lambda: "preflight of legacy.reverse-dsn" in bridge.log, 30, lambda: bridge.log)
+            held.close()
+            with Proxy((str(target["host"]), int(target["port"] or 5432)), port=held.number):
+                bridge.until_ready(60)
+            assert bridge.terminate() == 0

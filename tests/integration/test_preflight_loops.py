@@ -4,10 +4,11 @@ import json
 from typing import Any
 
 import pytest
+from psycopg import conninfo
 
 from figbridge import canary, preflight, provision
 from figbridge.config import Config
-from figbridge.errors import ConfigError
+from figbridge.errors import ConfigError, LegacyUnavailable, SetupError
 from figbridge.provision import statements
 from fixtures.checked import Found, inspected, role
 from fixtures.postgres import Database
@@ -105,3 +106,27 @@ def test_a_bridge_that_only_reads_or_only_writes_needs_no_guard(database: Databa
 def test_rows_of_an_origin_cannot_be_told_apart(database: Database) -> None:
     with pytest.raises(ConfigError, match="touched_rows"):
         config(database.dsn, database.slot, "origin", echo="touched_rows")
+
+
+def test_a_reverse_dsn_that_is_away_is_a_finding_and_keeps_nothing_else(database: Database) -> None:
+    make_shop(database)
+    tree = json.loads(config(database.dsn, database.slot, "inbox").model_dump_json(by_alias=True, exclude_none=True))
+    away = conninfo.make_conninfo(database.dsn, port="1")
+    tree["legacy"] |= {"dsn": database.dsn, "reverse-dsn": away}
+    asked = Config.parse(json.dumps(tree), {})
+    provision.initialise(asked)
+    finding = inspected(asked, "run").only("warning", "legacy.reverse-dsn")
+    assert "does not answer" in finding.what
+    assert preflight.require(asked, "run")
+    found = Found(preflight.inspect(asked, "run", "forward"))
+    assert found.errors == []
+    assert [it for it in found if it.where == "legacy.reverse-dsn"] == []
+    with pytest.raises(LegacyUnavailable):
+        preflight.require_writing(asked)
+
+    database.execute("DROP TABLE figbridge.slot_guard, figbridge.entity_version")
+    for only in (None, "forward"):
+        assert "slot_guard" in Found(preflight.inspect(asked, "run", only)).only("error", "schema figbridge").what
+    tree["legacy"]["reverse-dsn"] = database.dsn
+    with pytest.raises(SetupError, match="entity_version"):
+        preflight.require_writing(Config.parse(json.dumps(tree), {}))

@@ -17,7 +17,8 @@ likes. All findings are reported, not the first one: a DBA is asked once.
 A configuration without `forward` needs no slot, no publication and no logical WAL, and is not asked for them.
 
 What it does not do: repair (that is `figbridge.provision`, and a human), or wait. A database that cannot be reached is
-no finding but LegacyUnavailable, because the caller knows whether trying again makes sense.
+no finding but LegacyUnavailable, because the caller knows whether trying again makes sense. A way to it that only the
+reverse path takes (`legacy.reverse-dsn`) is a finding: the forward path does not wait for a pooler.
 """
 
 import math
@@ -42,8 +43,11 @@ from figbridge.errors import (
 from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, standby, stream, tables
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
 from figbridge.preflight.leaving import LEAVING
+from figbridge.preflight.own import forward_tables, own_tables
 
-__all__ = ["LEAVING", "Finding", "Level", "Stage", "inspect", "require"]
+__all__ = ["LEAVING", "WRITING", "Finding", "Level", "Stage", "inspect", "require", "require_writing"]
+
+WRITING: Final = "legacy.reverse-dsn"
 
 # not `figbridge check`: that is this
 _GRANTS: Final = (
@@ -74,22 +78,51 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
             findings += failover.probe(connection, config.legacy)
             findings += standby.probe(connection, config)
             findings += stream.probe_guard(config)
-        findings += _writing(connection, config, names, stage)
+        findings += _writing(connection, config, names, stage, only)
         if stage == "run":
             findings += split.probe(connection, config)
     return findings if stage == "init" else [*findings, *_ends(config, only)]
 
 
 def _writing(
-    connection: psycopg.Connection, config: Config, names: Sequence[catalogue.Name], stage: Stage
+    connection: psycopg.Connection,
+    config: Config,
+    names: Sequence[catalogue.Name],
+    stage: Stage,
+    only: Direction | None,
 ) -> list[Finding]:
-    """Of the reverse path, over a connection such as it will use."""
+    """Of the reverse path, over a connection such as it will use; `connection` is to legacy.dsn.
+
+    Where another DSN leads to it, nothing behind that one may keep the forward path from running.
+    """
     if config.legacy.reverse_dsn is None or config.reverse is None:
         findings = [*reverse.probe(connection, config, names, stage)]
         return [*findings, *loops.probe(connection, config, stage)] if config.reverse else findings
-    with legacy.connect(config.legacy.write_dsn, purpose="check", autocommit=True) as own:
-        own.execute("SET client_encoding TO 'UTF8'")
-        return [*reverse.probe(own, config, names, stage), *loops.probe(own, config, stage)]
+    if only != "forward":
+        try:
+            return _writing_itself(config, names, stage)
+        except LegacyUnavailable as failure:
+            remedy = failure.hint or "the reverse path waits for it, and the forward path does not"
+            away = [warning(WRITING, f"does not answer: {failure}", remedy)]
+    else:
+        away = []
+    needed = own_tables(config) if stage == "init" else forward_tables(config)
+    return [*reverse.probe_tables(connection, needed, stage), *away]
+
+
+def _writing_itself(config: Config, names: Sequence[catalogue.Name], stage: Stage) -> list[Finding]:
+    with (
+        legacy.translated(_GRANTS),
+        legacy.connect(config.legacy.write_dsn, purpose="check", autocommit=True) as connection,
+    ):
+        connection.execute("SET client_encoding TO 'UTF8'")
+        return [*reverse.probe(connection, config, names, stage), *loops.probe(connection, config, stage)]
+
+
+def require_writing(config: Config) -> None:
+    """Make up for what `require` could not ask of legacy.reverse-dsn. Raises SetupError, LegacyUnavailable."""
+    names = [split_table(name) for name in config.legacy.tables]
+    _refuse(_writing_itself(config, names, "run"), config, "run")
 
 
 def require(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:
@@ -99,10 +132,14 @@ def require(config: Config, stage: Stage, only: Direction | None = None) -> list
     snapshots cannot be read from stands in their way, and not in the stream's: `figbridge.forward.snapshot.standby`.
     """
     findings = inspect(config, stage, only)
+    _refuse(findings, config, stage)
+    return findings
+
+
+def _refuse(findings: Sequence[Finding], config: Config, stage: Stage) -> None:
     if problems := [Problem(it.where, it.what, it.remedy) for it in findings if it.level == "error" and _fatal(it)]:
         database = f" ({legacy.describe(config.database.dsn.get_secret_value())})" if config.database else ""
         raise SetupError(f"the bridge cannot {'be set up' if stage == 'init' else 'run'}{database}", problems)
-    return findings
 
 
 def _fatal(finding: Finding) -> bool:

@@ -120,6 +120,16 @@ OWN: Final[Mapping[str, OwnTable]] = {
 }
 
 
+_FORWARD: Final = frozenset({"slot_guard", "table_version", "snapshot", "snapshot_moved"})
+
+
+def forward_tables(config: Config) -> tuple[str, ...]:
+    """Which of our tables the forward path writes by itself; the canary's, which it only answers, is the other's."""
+    letters = config.forward.dead_letters if config.forward else None
+    used = _FORWARD | ({"dead_letter"} if letters and letters.type == "table" else set())
+    return tuple(name for name in own_tables(config) if name in used)
+
+
 def own_tables(config: Config) -> tuple[str, ...]:
     """Which of our tables the configuration needs; none for a forward path that stops at an event nobody takes."""
     sections = [section for section in (config.forward, config.relay) if section]

@@ -68,7 +68,7 @@ def _written(mapping: StatementSection) -> dict[str, set[str]]:
 
 def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name], stage: Stage) -> Iterator[Finding]:
     """Our schema at both stages; the mappings when the bridge is about to run."""
-    yield from _schema(connection, own_tables(config), stage)
+    yield from probe_tables(connection, own_tables(config), stage)
     if not config.reverse or stage == "init":
         return
     if config.reverse.mode == "dry-run":
@@ -94,7 +94,8 @@ def inspect(connection: psycopg.Connection, index: int, mapping: MappingSection)
         yield from findings or [ok(place, f"{part.action} {table} fits the table")]
 
 
-def _schema(connection: psycopg.Connection, needed: Sequence[str], stage: Stage) -> Iterator[Finding]:
+def probe_tables(connection: psycopg.Connection, needed: Sequence[str], stage: Stage) -> Iterator[Finding]:
+    """Those of our own tables that are `needed`, and the rights of the connection's role on them."""
     place, role = f"schema {legacy.SCHEMA}", connection.info.user
     found = catalogue.tables(connection, [(legacy.SCHEMA, name) for name in needed])
     absent = [name for name in needed if (legacy.SCHEMA, name) not in found]
