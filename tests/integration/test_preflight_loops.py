@@ -32,6 +32,10 @@ def config(dsn: str, slot: str, guard: str, echo: str = "transaction") -> Config
     return Config.parse(json.dumps(tree), {})
 
 
+def origin_of(database: Database) -> str:
+    return canary.origin(database.slot)
+
+
 def of_guard(found: Found) -> list[tuple[str, str]]:
     return [(it.level, it.what) for it in found if it.where == "legacy.loop-guard"]
 
@@ -86,8 +90,41 @@ def test_an_origin_that_is_missing_is_found(database: Database) -> None:
 def test_the_script_makes_the_origin_and_may_be_run_twice(database: Database) -> None:
     make_shop(database)
     sql = statements.origin_sql(database.slot)
-    assert len(database.execute(sql)) == 1
-    assert database.execute(sql) == []
+    for _ in range(2):
+        database.execute(sql)
+    assert len(database.execute("SELECT 1 FROM pg_replication_origin WHERE roname = %s", [origin_of(database)])) == 1
+    database.execute("SELECT pg_replication_origin_drop(%s)", [origin_of(database)])
+
+
+def test_init_by_a_role_that_may_not_make_an_origin_says_so_before_it_begins(each_database: Database) -> None:
+    database, create = each_database, "pg_replication_origin_create(text)"
+    make_shop(database)
+    with role(database) as (name, dsn):
+        database.execute(f"GRANT CREATE ON DATABASE {database.name} TO {name}; ALTER SCHEMA shop OWNER TO {name}")
+        ours = (
+            "SELECT oid::regclass::text FROM pg_tables JOIN pg_class ON relname = tablename WHERE schemaname = ANY (%s)"
+        )
+        for (table,) in database.execute(ours, [["shop", "figbridge"]]):
+            database.execute(f"ALTER TABLE {table} OWNER TO {name}")
+        database.execute(f"ALTER SCHEMA figbridge OWNER TO {name}")
+        asked = config(dsn, database.slot, "origin")
+        finding = inspected(asked, "init").only("error", "legacy.loop-guard")
+        assert create in finding.what
+        with pytest.raises(SetupError, match="pg_replication_origin_create"):
+            provision.initialise(asked)
+        database.execute("SELECT pg_replication_origin_create(%s)", [origin_of(database)])
+        assert f"replication origin {origin_of(database)}: there already" in provision.initialise(asked)
+
+        database.execute("SELECT pg_replication_origin_drop(%s)", [origin_of(database)])
+        database.execute(finding.remedy)
+        assert f"replication origin {origin_of(database)}: made" in provision.initialise(asked)
+        (grant,) = [it for it in statements.script(asked).splitlines() if it.startswith("-- GRANT EXECUTE")]
+        before = [it for it in inspected(asked, "run") if (it.level, it.where) == ("error", "legacy.loop-guard")]
+        assert before
+        database.execute(grant.removeprefix("-- "))
+        assert ("error", "legacy.loop-guard") not in [(it.level, it.where) for it in inspected(asked, "run")]
+        database.execute(f"REVOKE EXECUTE ON FUNCTION {create} FROM {name}")
+        provision.teardown(config(database.dsn, database.slot, "origin"), keep_schema=False)
 
 
 def test_a_bridge_that_only_reads_or_only_writes_needs_no_guard(database: Database) -> None:

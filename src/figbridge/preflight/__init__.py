@@ -43,7 +43,7 @@ from figbridge.errors import (
 from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, standby, stream, tables
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
 from figbridge.preflight.leaving import LEAVING
-from figbridge.preflight.own import forward_tables, own_tables
+from figbridge.preflight.own import forward_tables
 
 __all__ = ["LEAVING", "WRITING", "Finding", "Level", "Stage", "inspect", "require", "require_writing"]
 
@@ -95,34 +95,33 @@ def _writing(
 
     Where another DSN leads to it, nothing behind that one may keep the forward path from running.
     """
-    if config.legacy.reverse_dsn is None or config.reverse is None:
+    if config.legacy.reverse_dsn is None or config.reverse is None or stage == "init":  # which goes by legacy.dsn alone
         findings = [*reverse.probe(connection, config, names, stage)]
         return [*findings, *loops.probe(connection, config, stage)] if config.reverse else findings
     if only != "forward":
         try:
-            return _writing_itself(config, names, stage)
+            return _writing_itself(config, names)
         except LegacyUnavailable as failure:
             remedy = failure.hint or "the reverse path waits for it, and the forward path does not"
             away = [warning(WRITING, f"does not answer: {failure}", remedy)]
     else:
         away = []
-    needed = own_tables(config) if stage == "init" else forward_tables(config)
-    return [*reverse.probe_tables(connection, needed, stage), *away]
+    return [*reverse.probe_tables(connection, forward_tables(config), stage), *away]
 
 
-def _writing_itself(config: Config, names: Sequence[catalogue.Name], stage: Stage) -> list[Finding]:
+def _writing_itself(config: Config, names: Sequence[catalogue.Name]) -> list[Finding]:
     with (
         legacy.translated(_GRANTS),
         legacy.connect(config.legacy.write_dsn, purpose="check", autocommit=True) as connection,
     ):
         connection.execute("SET client_encoding TO 'UTF8'")
-        return [*reverse.probe(connection, config, names, stage), *loops.probe(connection, config, stage)]
+        return [*reverse.probe(connection, config, names, "run"), *loops.probe(connection, config, "run")]
 
 
 def require_writing(config: Config) -> None:
     """Make up for what `require` could not ask of legacy.reverse-dsn. Raises SetupError, LegacyUnavailable."""
     names = [split_table(name) for name in config.legacy.tables]
-    _refuse(_writing_itself(config, names, "run"), config, "run")
+    _refuse(_writing_itself(config, names), config, "run")
 
 
 def require(config: Config, stage: Stage, only: Direction | None = None) -> list[Finding]:

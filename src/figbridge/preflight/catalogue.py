@@ -285,6 +285,11 @@ def slot(connection: psycopg.Connection, name: str) -> Slot | None:
     )
 
 
+def has_origin(connection: psycopg.Connection, name: str) -> bool:
+    """Whether there is a replication origin of that name; they are cluster-wide."""
+    return connection.execute("SELECT true FROM pg_replication_origin WHERE roname = %s", [name]).fetchone() is not None
+
+
 def sender_timeout(connection: psycopg.Connection) -> tuple[float, bool]:
     """This session's wal_sender_timeout in seconds, 0 when it is off, and whether somebody chose it for us.
 

@@ -7,11 +7,13 @@ import psycopg
 
 from figbridge import canary, legacy
 from figbridge.config import Config
+from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
 
 _PLACE: Final = "legacy.loop-guard"
 _ORIGIN: Final = ("pg_replication_origin_session_setup",)
+_MAKING: Final = ("pg_replication_origin_create",)
 _MESSAGE: Final = ("pg_logical_emit_message",)
 # one function for each number of parameters, in some versions with a default: the catalogue knows which there are
 _LACKING: Final = """
@@ -60,23 +62,26 @@ def _rights(connection: psycopg.Connection, config: Config, stage: Stage) -> Ite
         functions += _ORIGIN
     if config.legacy.loop_guard == "message" or (config.forward and config.forward.echo == "touched_rows"):
         functions += _MESSAGE
-    lacking = [name for (name,) in connection.execute(_LACKING, [list(functions)])]
-    role = connection.info.user
-    if lacking and stage == "run":
-        yield error(
-            _PLACE,
-            f"role {spell(role)} may not call {', '.join(lacking)}",
-            " ".join(f"GRANT EXECUTE ON FUNCTION {name} TO {quote(role)};" for name in lacking),
-        )
-    elif functions:
+    lacking = [*_lacking(connection, functions)] if stage == "run" else []
+    yield from lacking
+    if functions and not lacking:
         yield ok(_PLACE, f"{config.legacy.loop_guard}: may be written")
+
+
+def _lacking(connection: psycopg.Connection, functions: tuple[str, ...]) -> Iterator[Finding]:
+    role = connection.info.user
+    if lacking := [name for (name,) in connection.execute(_LACKING, [list(functions)])]:
+        grants = [f"GRANT EXECUTE ON FUNCTION {name} TO {quote(role)};" for name in lacking]
+        yield error(_PLACE, f"role {spell(role)} may not call {', '.join(lacking)}", " ".join(grants))
 
 
 def _origin(connection: psycopg.Connection, config: Config, stage: Stage) -> Iterator[Finding]:
     name = canary.origin(config.legacy.slot)
-    found = connection.execute("SELECT 1 FROM pg_replication_origin WHERE roname = %s", [name]).fetchone()
-    if not found and stage == "run":
-        yield error(_PLACE, f"there is no replication origin {name}", "run `figbridge init`")
+    if not catalogue.has_origin(connection, name):
+        if stage == "run":
+            yield error(_PLACE, f"there is no replication origin {name}", "run `figbridge init`")
+        else:
+            yield from _lacking(connection, _MAKING)
     yield warning(
         _PLACE,
         "origin: one session at a time has it, so a second replica of the reverse path waits for the first",

@@ -41,10 +41,11 @@ def initialise(config: Config) -> list[str]:
         for name, (tables, operations) in wanted.items():
             connection.execute(statements.publication_sql(name, tables, operations))
         _prove_harmless(connection, config, before)
-        if _wants_origin(config):
+        if statements.wants_origin(config):
             name = canary.origin(config.legacy.slot)
-            made_now = connection.execute(statements.origin_sql(config.legacy.slot)).rowcount
-            lines.append(f"replication origin {name}: {'made' if made_now else 'there already'}")
+            there = catalogue.has_origin(connection, name)
+            connection.execute(statements.origin_sql(config.legacy.slot))
+            lines.append(f"replication origin {name}: {'there already' if there else 'made'}")
         slot_was_there = catalogue.slot(connection, config.legacy.slot) is not None
         for name in wanted:
             made = catalogue.publication(connection, name)
@@ -87,10 +88,6 @@ def _prove_harmless(connection: psycopg.Connection, config: Config, before: Mapp
             what = f"once published, the application could not UPDATE or DELETE any more: {str(error).strip()}"
             remedy = "give the table a replica identity; nothing was changed"
             raise SetupError("the bridge cannot be set up", [Problem(f"table {name}", what, remedy)]) from error
-
-
-def _wants_origin(config: Config) -> bool:
-    return config.forward is not None and config.reverse is not None and config.legacy.loop_guard == "origin"
 
 
 def _told(config: Config, name: str, before: Publication | None, after: Publication | None) -> list[str]:

@@ -88,11 +88,25 @@ def create_slot(section: LegacySection, version: int) -> str:
     return f"pg_create_logical_replication_slot({literal(section.slot)}, 'pgoutput'{failover})"
 
 
+def wants_origin(config: Config) -> bool:
+    """Whether a replication origin marks our transactions."""
+    return config.forward is not None and config.reverse is not None and config.legacy.loop_guard == "origin"
+
+
 def origin_sql(slot: str) -> str:
-    """The statement that makes the replication origin of ``loop-guard: origin``, if it is not there; a row if so."""
+    """The statement that makes the replication origin of ``loop-guard: origin``, if it is not there.
+
+    Not one query with a condition: that asks for EXECUTE on the function also where there is nothing to make.
+    """
     name = literal(canary.origin(slot))
-    missing = f"NOT EXISTS (SELECT FROM pg_replication_origin WHERE roname = {name})"
-    return f"SELECT pg_replication_origin_create({name}) WHERE {missing}"
+    body = f"""
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_replication_origin WHERE roname = {name}) THEN
+        PERFORM pg_replication_origin_create({name});
+    END IF;
+END
+"""
+    return f"DO {_dollars(body)};"
 
 
 def forget_sql(slot: str) -> str:
@@ -156,8 +170,8 @@ def script(config: Config) -> str:
     if config.forward:
         parts.append(_comment(_HARMLESS))
         parts += [harmless_sql(split_table(name)) for name in config.legacy.tables]
-    if config.forward and config.reverse and config.legacy.loop_guard == "origin":
-        parts += [_comment(_ORIGIN), f"{origin_sql(config.legacy.slot)};"]
+    if wants_origin(config):
+        parts += [_comment(_ORIGIN), origin_sql(config.legacy.slot)]
     parts += ["COMMIT;"]
     if config.forward:
         parts += [_comment(f"{_SLOT}\n{_rows(config)}"), _slot_sql(config)]
@@ -245,6 +259,8 @@ def _grants(config: Config, role: str) -> Iterator[str]:
         yield f"GRANT USAGE ON SCHEMA {quote(legacy.SCHEMA)} TO {role};"
         for name in own:
             yield f"GRANT {', '.join(OWN[name].rights)} ON {quote(legacy.SCHEMA, name)} TO {role};"
+    if wants_origin(config):  # at the end: it takes a superuser
+        yield f"GRANT EXECUTE ON FUNCTION pg_replication_origin_session_setup(text) TO {role};"
 
 
 _HEAD: Final = """\
@@ -277,9 +293,9 @@ _HARMLESS: Final = """\
 The proof that the application can still UPDATE and DELETE: EXPLAIN plans the statement and runs nothing. A published
 table without a replica identity fails here, and the whole transaction is rolled back."""
 _ORIGIN: Final = """\
-The replication origin by which the bridge marks its own transactions (loop-guard: origin). To have it made, and used,
-by a role that is no superuser: GRANT EXECUTE ON FUNCTION pg_replication_origin_create(text),
-pg_replication_origin_session_setup(text) TO …; in this database."""
+The replication origin by which the bridge marks its own transactions (loop-guard: origin). Only a superuser makes it,
+or a role that one has granted, in this database, EXECUTE ON FUNCTION pg_replication_origin_create(text).
+To use it takes the GRANT EXECUTE at the end, which is for a superuser, too."""
 _SLOT: Final = """\
 The slot, last: one that is older than its publications cannot use them. It waits until all transactions that are open
 now have ended (in the whole cluster), so it may take a while. From here on the server keeps WAL for the bridge."""
