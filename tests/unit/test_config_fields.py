@@ -1,5 +1,6 @@
 """The rules of the configuration's fields: names, addresses, templates, mappings, conflicts."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -370,3 +371,33 @@ def test_what_belongs_to_the_legacy_system_has_rules() -> None:
     assert section.rules is not None
     assert section.rules.policy == "legacy_wins"
     assert MappingSection.model_validate(UPDATE).rules is None
+
+
+# --- ends that are files
+
+FILE, BUS = {"type": "file", "path": "a/../one"}, {"type": "local", "path": "one"}
+RELAY = {"source": {"type": "local", "path": "bus"}, "sink": {"type": "stdout"}, "contracts": "contracts"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"relay": RELAY | {"sink": FILE, "quarantine": FILE}}, "relay.sink and relay.quarantine are one file"),
+        ({"relay": RELAY | {"sink": BUS, "dead-letters": FILE}}, "relay.sink and relay.dead-letters"),
+        ({"forward": {"sink": FILE, "dead-letters": FILE}}, "forward.sink and forward.dead-letters"),
+        ({"forward": {"sink": FILE, "contracts": {"path": "c", "quarantine": FILE}}}, "forward.contracts.quarantine"),
+        ({"forward": {"sink": BUS}, "relay": RELAY | {"sink": FILE, "quarantine": BUS}}, "forward.sink and relay.sink"),
+    ],
+)
+def test_two_ends_that_would_wait_for_one_file(sections: dict[str, Any], said: str) -> None:
+    (problem,) = problems(tree(**sections)).values()
+    assert said in problem.what
+    assert problem.remedy
+
+
+def test_ends_that_may_share_a_file(tmp_path: Path) -> None:
+    assert parse(tree(forward={"sink": BUS, "dead-letters": FILE | {"path": "l"}},
+                      relay=RELAY | {"source": BUS, "sink": BUS, "dead-letters": FILE | {"path": "l"}}))  # fmt: skip
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    two = [{"type": "file", "path": str(tmp_path / name)} for name in ("one", "link")]
+    assert problems(tree(forward={"sink": two[0], "dead-letters": two[1]}))

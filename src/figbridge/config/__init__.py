@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from figbridge import configfile
 from figbridge.config.conflict import ColumnsSection, ConflictsSection, KindsSection, Rule
+from figbridge.config.ends import require_apart
 from figbridge.config.fields import Dsn, Section, SlotName, Tables, host_and_port, split_table
 from figbridge.config.forward import (
     DeadLettersSection,
@@ -225,6 +226,24 @@ class Config(Section):
         table = self.forward.outbox.table if self.forward and self.forward.outbox else None
         if table and self.database and split_table(table) not in {split_table(it) for it in self.database.tables}:
             raise ValueError(f"forward.outbox.table, {table}, is none of legacy.tables; add it there, to be published")
+        return self
+
+    @model_validator(mode="after")
+    def _files_are_apart(self) -> Self:
+        forward, reverse, relay = self.forward, self.reverse, self.relay
+        contracts = forward.contracts if forward else None
+        require_apart(
+            {
+                "forward.sink": forward and forward.sink,
+                "forward.contracts.quarantine": contracts and contracts.quarantine,
+                "forward.dead-letters": forward and forward.dead_letters,
+                "reverse.source": reverse and reverse.source,
+                "relay.source": relay and relay.source,
+                "relay.sink": relay and relay.sink,
+                "relay.quarantine": relay and relay.quarantine,
+                "relay.dead-letters": relay and relay.dead_letters,
+            }
+        )
         return self
 
     @model_validator(mode="after")
