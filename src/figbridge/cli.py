@@ -207,25 +207,27 @@ def snapshot(
     with _reported():
         from figbridge.forward.snapshot import command  # noqa: PLC0415
 
-        config = Config.load(path)
+        config, well = Config.load(path), True
         match order:
             case "pause" | "resume" | "cancel":
                 lines = command.order(config, tables, order)
             case "status":
-                lines = [command.told(task) for task in command.status(config)] or ["there is none"]
+                lines = command.report(config, tables) or ["there is none"]
             case _:
-                lines = command.request(config, tables, where)
+                lines, well = command.request(config, tables, where)
         for line in lines:
             click.echo(line)
         console = Console(soft_wrap=True, highlight=False)
         if followed is None:
             followed = console.is_terminal and not order
         try:
-            if followed and not command.follow(config, console):
-                sys.exit(1)
+            if followed:
+                well = command.follow(config, tables, console) and well
         except KeyboardInterrupt:
             click.echo("the snapshot goes on; `figbridge snapshot --status` says how far it is", err=True)
             sys.exit(130)
+        if not well:
+            sys.exit(1)
 
 
 @main.command()

@@ -62,9 +62,10 @@ def test_all_tables_then_one_with_a_condition(prepared: Database, tmp_path: Path
     assert snapshot(tmp_path, "--status").output == "there is none\n"
     asked = snapshot(tmp_path)
     assert asked.output == "public.thing: asked for\npublic.other: asked for\n"
-    assert "that has not ended" in snapshot(tmp_path, "thing").output
+    refused = snapshot(tmp_path, "thing")
+    assert (refused.exit_code, refused.output.count("that has not ended")) == (1, 1)
     with Forward(prepared, snapshot=()) as forward:
-        followed = snapshot(tmp_path, "thing", "--follow")
+        followed = snapshot(tmp_path, "thing", "--status", "--follow")
         assert followed.exit_code == 0
         assert "public.thing: done, 9,000 rows of about 9,000" in followed.output
         finished(forward, "thing", "other")
@@ -117,6 +118,62 @@ def test_without_its_table_the_remedy_is_named(prepared: Database, tmp_path: Pat
     result = snapshot(tmp_path)
     assert result.exit_code == 2
     assert "figbridge init" in result.output
+
+
+def test_a_slot_guard_that_is_in_the_file_already_is_no_remedy(prepared: Database, tmp_path: Path) -> None:
+    path = tmp_path / "bridge.yaml"
+    path.write_text(path.read_text().replace("snapshot: initial", "slot-guard: table"))
+    prepared.execute("DROP TABLE figbridge.snapshot")
+    result = snapshot(tmp_path)
+    assert "remedy: run `figbridge init`" in result.output
+    assert "slot-guard" not in result.output
+    path.write_text(path.read_text().replace("slot-guard: table", "slot-guard: none"))
+    assert "set forward.snapshot" in snapshot(tmp_path).output
+
+
+def test_a_table_that_is_refused_keeps_no_other_from_being_ordered(prepared: Database, tmp_path: Path) -> None:
+    assert snapshot(tmp_path, "thing").exit_code == 0
+    both = snapshot(tmp_path, "thing", "other")
+    assert both.exit_code == 1
+    assert "public.other: asked for" in both.output
+    assert states(prepared) == {"thing": "waiting", "other": "waiting"}
+
+
+def test_status_and_follow_are_about_the_tables_that_are_named(prepared: Database, tmp_path: Path) -> None:
+    assert snapshot(tmp_path).exit_code == 0
+    with Forward(prepared, snapshot=()) as forward:
+        finished(forward, "thing", "other")
+    assert snapshot(tmp_path, "thing", "--status").output.count("\n") == 1
+    assert snapshot(tmp_path, "--status").output.count("\n") == 2
+    unknown = snapshot(tmp_path, "nobody", "--status")
+    assert unknown.exit_code == 2
+    assert "is not one table of legacy.tables" in unknown.output
+    for state in ("failed", "waiting"):
+        prepared.execute("UPDATE figbridge.snapshot SET state = %s WHERE table_name = 'other'", [state])
+        followed = snapshot(tmp_path, "thing", "--status", "--follow")
+        assert followed.exit_code == 0
+        assert "other" not in followed.output
+    prepared.execute("UPDATE figbridge.snapshot SET state = 'failed' WHERE table_name = 'other'")
+    assert snapshot(tmp_path, "--status", "--follow").exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("thing", "other", "asked"),
+    [("paused", "done", []), ("waiting", "paused", ["thing"]), ("running", "waiting", ["thing"])],
+)
+def test_only_of_a_table_that_should_be_at_work_it_is_asked_whether_a_bridge_runs(
+    prepared: Database, tmp_path: Path, thing: str, other: str, asked: list[str]
+) -> None:
+    assert snapshot(tmp_path).exit_code == 0
+    for table, state in (("thing", thing), ("other", other)):
+        prepared.execute(
+            "UPDATE figbridge.snapshot SET state = %s, updated_at = now() - interval '2 hours' WHERE table_name = %s",
+            [state, table],
+        )
+    lines = snapshot(tmp_path, "--status").output.splitlines()
+    assert [
+        table for table in ("thing", "other") for it in lines if f".{table}:" in it and "bridge run?" in it
+    ] == asked
 
 
 def test_in_a_terminal_there_is_a_bar_with_rows_rate_and_estimated_end(prepared: Database, tmp_path: Path) -> None:

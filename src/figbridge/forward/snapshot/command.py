@@ -35,8 +35,8 @@ _LOOK: Final = 0.5  # seconds between two looks at the progress
 _SILENT: Final = 60.0  # seconds without a chunk that are worth a word
 
 
-def request(config: Config, tables: Sequence[str], condition: str | None) -> list[str]:
-    """Ask for a snapshot of `tables`, of all tables of the file without any; a line for each.
+def request(config: Config, tables: Sequence[str], condition: str | None) -> tuple[list[str], bool]:
+    """Ask for a snapshot of `tables`, of all tables of the file without any; a line for each, and whether all will be.
 
     `condition` is SQL over the columns of the one table that is named. Raises ConfigError, SetupError, BridgeError.
     """
@@ -47,13 +47,9 @@ def request(config: Config, tables: Sequence[str], condition: str | None) -> lis
         if condition is not None:
             _try(connection, names[0], condition)
         progress = Progress(config.legacy.slot)
-        lines = []
-        for name in names:
-            if progress.want(connection, name, condition):
-                lines.append(f"{spell(*name)}: asked for")
-            else:
-                lines.append(f"{spell(*name)}: there is one already that has not ended; --cancel it first")
-    return lines
+        asked = {name: progress.want(connection, name, condition) for name in names}
+    refused = "there is one already that has not ended; --cancel it first"
+    return [f"{spell(*name)}: {'asked for' if it else refused}" for name, it in asked.items()], all(asked.values())
 
 
 def order(config: Config, tables: Sequence[str], what: Order) -> list[str]:
@@ -72,23 +68,47 @@ def status(config: Config) -> list[Task]:
         return Progress(config.legacy.slot).tasks(connection)
 
 
-def told(task: Task) -> str:
-    """One line about a task."""
+def report(config: Config, tables: Sequence[str]) -> list[str]:
+    """A line for each snapshot of `tables`, of all without any. Raises ConfigError, SetupError, BridgeError."""
+    wanted, tasks = _wanted(config, tables), status(config)
+    return [told(task, busy=_busy(tasks)) for task in tasks if wanted(task)]
+
+
+def _wanted(config: Config, tables: Sequence[str]) -> Callable[[Task], bool]:
+    names = _names(config, tables) if tables else None
+    return lambda task: names is None or task.name in names
+
+
+def _busy(tasks: Sequence[Task]) -> bool:
+    """Whether a table is being read, for which others wait."""
+    return any(task.state == "running" for task in tasks)
+
+
+def _stands(task: Task, *, busy: bool) -> str:
+    """What to ask about a task that should be at work and is not; empty for every other."""
+    if task.silence > _SILENT and (task.state == "running" or (task.state == "waiting" and not busy)):
+        return f"no progress for {task.silence:,.0f} s; does a bridge run?"
+    return ""
+
+
+def told(task: Task, *, busy: bool) -> str:
+    """One line about a task. `busy`: a table is being read, this one or another."""
     parts = [f"{spell(*task.name)}: {task.state}", _rows(task)]
     if task.state == "running" and task.age:
         parts.append(f"{task.rows / task.age:,.0f} rows/s")
-    if task.state in OPEN and task.silence > _SILENT:
-        parts.append(f"no progress for {task.silence:,.0f} s; does a bridge run?")
-    if task.message:
-        parts.append(task.message)
+    parts += [it for it in (_stands(task, busy=busy), task.message) if it]
     return ", ".join(parts)
 
 
-def follow(config: Config, console: Console, *, wait: Callable[[float], object] = time.sleep) -> bool:
-    """Show the progress until nothing is left to do; whether all went well. Plain lines where no terminal is.
+def follow(
+    config: Config, tables: Sequence[str], console: Console, *, wait: Callable[[float], object] = time.sleep
+) -> bool:
+    """Show the progress of `tables`, of all without any, until nothing is left to do; whether all went well.
 
-    Whoever leaves it by KeyboardInterrupt stops looking, not the snapshot. Raises SetupError, BridgeError.
+    Plain lines where no terminal is. Whoever leaves it by KeyboardInterrupt stops looking, not the snapshot. Raises
+    ConfigError, SetupError, BridgeError.
     """
+    wanted = _wanted(config, tables)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
@@ -101,14 +121,15 @@ def follow(config: Config, console: Console, *, wait: Callable[[float], object] 
         while True:
             if interrupted:
                 raise KeyboardInterrupt
-            tasks = status(config)
+            found = status(config)
+            tasks, busy = [task for task in found if wanted(task)], _busy(found)
             for task in tasks:
-                line = told(task)
+                line = told(task, busy=busy)
                 if task.name not in shown:
                     shown[task.name] = (bar.add_task(spell(*task.name), rows="", how=""), "")
                 bar_id, before = shown[task.name]
                 total = task.rows if task.state == "done" else max(task.estimate or 0, task.rows) or None
-                bar.update(bar_id, completed=task.rows, total=total, rows=_rows(task), how=_how(task))
+                bar.update(bar_id, completed=task.rows, total=total, rows=_rows(task), how=_how(task, busy=busy))
                 if not console.is_terminal and line != before:
                     console.print(line, highlight=False, soft_wrap=True)
                 shown[task.name] = (bar_id, line)
@@ -140,12 +161,10 @@ def _rows(task: Task) -> str:
     return f"{task.rows:,} rows" + (f" of about {task.estimate:,}" if task.estimate else "")
 
 
-def _how(task: Task) -> str:
+def _how(task: Task, *, busy: bool) -> str:
     """Its rate, or what is to be said instead."""
-    if task.message:
-        return f"{task.state}: {task.message}"
-    if task.state in OPEN and task.silence > _SILENT:
-        return f"{task.state}: no progress for {task.silence:,.0f} s; does a bridge run?"
+    if said := task.message or _stands(task, busy=busy):
+        return f"{task.state}: {said}"
     return f"{task.rows / task.age:,.0f} rows/s" if task.age and task.state == "running" else task.state
 
 
@@ -166,7 +185,7 @@ def _names(config: Config, tables: Sequence[str]) -> list[Name]:
             listed = ", ".join(spell(*name) for name in known)
             problems.append(Problem(table, "is not one table of legacy.tables", f"there are {listed}"))
     if problems:
-        raise ConfigError("no snapshot was asked for", problems)
+        raise ConfigError("nothing was done", problems)
     return found
 
 
@@ -182,7 +201,9 @@ def _connected(config: Config) -> psycopg.Connection:
         raise
     if not there or not config.takes_snapshots:
         connection.close()
-        remedy = "set forward.snapshot: initial (or forward.slot-guard: table), then `figbridge init`"
+        remedy = "run `figbridge init`"
+        if not config.takes_snapshots:
+            remedy = "set forward.snapshot: initial (or forward.slot-guard: table), then `figbridge init`"
         what = "is not there" if not there else "is not used by a bridge with this file"
         raise SetupError("a snapshot needs its table", [Problem("figbridge.snapshot", what, remedy)])
     return connection
