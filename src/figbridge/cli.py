@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from figbridge import log
+from figbridge.commands import Seconds as _Seconds
 from figbridge.commands import config_option as _config_option
 from figbridge.commands import reported as _reported
 from figbridge.commands.conflicts import conflicts
@@ -47,7 +48,7 @@ main.add_command(schema)
 @click.option("--only", type=click.Choice(["forward", "reverse", "relay"]), help="Run only this of what the file has.")
 @click.option(
     "--stay",
-    type=click.FloatRange(min=1),
+    type=_Seconds(),
     metavar="SECONDS",
     help="Do not end where no retry helps: say why, be live and not ready, and start anew after so many seconds. For a "
     "sidecar, whose end makes its whole pod unready.",
@@ -231,7 +232,7 @@ def snapshot(
 
 
 @main.command()
-@click.option("--duration", type=click.FloatRange(min=1), default=30.0, show_default=True, help="Seconds of work.")
+@click.option("--duration", type=_Seconds(), default=30.0, show_default=True, help="Seconds of work.")
 @click.option(
     "--bus",
     type=click.Choice(["local", "aws-emulator"]),

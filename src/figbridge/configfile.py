@@ -100,6 +100,9 @@ def expand(value: Any, environment: Mapping[str, str], problems: list[Problem], 
 def _expand(value: Any, environment: Mapping[str, str], where: str, problems: list[Problem]) -> Any:
     match value:
         case str():
+            if "\0" in value:  # PostgreSQL, a file system and AWS take none
+                problems.append(Problem(where, "holds a NUL character", "remove it"))
+                return value.replace("\0", "")
 
             def replace(match: re.Match[str]) -> str:
                 if match["escaped"]:

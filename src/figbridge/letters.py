@@ -50,13 +50,15 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 def since(text: str) -> datetime:
     """A time, or so long ago: ``90m``, ``24h``, ``7d``. Raises ValueError."""
-    if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
-        return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
     try:
+        if match := re.fullmatch(r"(\d{1,6})([smhd])", text):
+            return datetime.now(UTC) - timedelta(**{_UNITS[match[2]]: int(match[1])})
         time = datetime.fromisoformat(text)
+        return time.astimezone(UTC) if time.tzinfo else time.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} is outside of the years 1 to 9999; such as 24h, 7d or 2026-11-25") from None
     except ValueError:
         raise ValueError(f"{text!r} is no time; such as 24h, 7d or 2026-11-25T10:00:00Z") from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def listed(config: Config, wanted: Wanted, limit: int, *, as_json: bool) -> Iterator[str]:

@@ -373,6 +373,39 @@ def test_what_belongs_to_the_legacy_system_has_rules() -> None:
     assert MappingSection.model_validate(UPDATE).rules is None
 
 
+# --- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("http://127.0.0.1:4566 ", "is not a URL"),
+        (" http://127.0.0.1:4566", "is not a URL"),
+        ("http://127.0.0.1:99999", "is not a URL"),
+        ("http://[::1", "is not a URL"),
+        ("http://", "is not a URL"),
+        ("sqs.eu-west-1.amazonaws.com", "is not a URL"),
+        ("http://AKIA:secret@127.0.0.1:4566", "holds a user or a password"),
+        ("http://secret@127.0.0.1:4566/q", "holds a user or a password"),
+    ],
+)
+def test_a_url_that_no_client_can_use_or_no_log_may_show(url: str, said: str) -> None:
+    found = problems(tree(forward={"sink": {"type": "sqs", "queue_url": url, "endpoint_url": url}}))
+    assert {"forward.sink.queue_url", "forward.sink.endpoint_url"} == found.keys()
+    for problem in found.values():
+        assert said in problem.what
+        assert "secret" not in str(problem)
+
+
+def test_a_url_of_an_emulator_or_an_ipv6_address() -> None:
+    for url in (
+        "http://localhost:4566/000000000000/q",
+        "https://[::1]:4566",
+        "https://sqs.eu-west-1.amazonaws.com/1/q",
+    ):
+        assert parse(tree(forward={"sink": {"type": "sqs", "queue_url": url, "endpoint_url": url}}))
+
+
 # --- ends that are files
 
 FILE, BUS = {"type": "file", "path": "a/../one"}, {"type": "local", "path": "one"}

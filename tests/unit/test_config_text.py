@@ -72,6 +72,13 @@ def test_an_optional_text_that_is_empty_is_not_there() -> None:
     assert config.forward.sink == EventBridgeSinkSection(type="eventbridge", bus="b", region=None, endpoint_url=None)
 
 
+def test_a_character_that_nobody_takes_is_an_error_in_its_place() -> None:
+    content = tree(legacy=LEGACY | {"publication": "a\0b", "tables": ['shop."a\0b"']})
+    found = problems(content | {"forward": {"sink": {"type": "file", "path": "a\0b"}}})
+    assert found.keys() == {"legacy.publication", "legacy.tables.0", "forward.sink.path"}
+    assert {it.what for it in found.values()} == {"holds a NUL character"}
+
+
 @pytest.mark.parametrize("written", ["${LEGACY-DSN}", "${1ST}", "${NAME:?why}", "${NAME", "${}"])
 def test_what_only_looks_like_a_variable_is_an_error_and_not_a_text(written: str) -> None:
     found = problems(tree(forward={"sink": {"type": "file", "path": written}}), NAME="a")

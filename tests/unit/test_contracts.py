@@ -126,6 +126,10 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
             "list.json": "[]",
             "a/b/c.json": {},
             "twice.json": {"x-figbridge": {"detail-type": "good"}},
+            "several.json": {"x-figbridge": {"detail-type": ["a", "b"]}},
+            "number.json": {"x-figbridge": {"detail-type": 5}},
+            "source.json": {"x-figbridge": {"source": ["a"], "detail-type": "a"}},
+            "nothing.json": {"x-figbridge": None},
         },
     )
 
@@ -135,6 +139,10 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
         "list.json",
         "c.json",
         "twice.json",
+        "several.json",
+        "number.json",
+        "source.json",
+        "nothing.json",
     }
 
 

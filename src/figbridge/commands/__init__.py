@@ -1,12 +1,13 @@
 """What the commands share: how the file is named, and how a failure is said. A large group has a file here."""
 
+import math
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -23,6 +24,20 @@ config_option = click.option(
     type=click.Path(path_type=Path),
     help="The configuration file.",
 )
+
+
+class Seconds(click.FloatRange):
+    """At least one second, at most a week: longer than that nobody waits, and a clock cannot at all."""
+
+    def __init__(self) -> None:
+        super().__init__(min=1, max=604_800)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """As click's, which lets nan pass."""
+        seconds: float = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, ClassVar, Final
+from urllib.parse import urlsplit
 
 import jmespath
 import jmespath.exceptions
@@ -142,11 +143,30 @@ def client_is_installed(name: str) -> str:
     return name
 
 
+def _url(text: str, remedy: str) -> str:
+    """A URL of HTTP that a client can use, and a log can show."""
+    try:
+        parts = urlsplit(text)
+        known = parts.scheme in {"https", "http"} and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none, half an IPv6 address
+        known = False
+    if not known or any(it.isspace() or not it.isprintable() for it in text):
+        raise ValueError(f"is not a URL; {remedy}")
+    if "@" in parts.netloc:
+        raise ValueError(
+            "holds a user or a password, which logs would show; take it out: credentials of AWS come from boto3's chain"
+        )
+    return text
+
+
 def url_of_queue(text: str) -> str:
     """An SQS queue is named by its URL."""
-    if not text.startswith(("https://", "http://")):
-        raise ValueError("is not a URL; give the queue's URL (aws sqs get-queue-url), not its name or ARN")
-    return text
+    return _url(text, "give the queue's URL (aws sqs get-queue-url), not its name or ARN")
+
+
+def url_of_endpoint(text: str | None) -> str | None:
+    """Where a service answers."""
+    return None if text is None else _url(text, "such as https://host:443, without a blank")
 
 
 _NAME_OF_STREAM: Final = r"[a-zA-Z0-9_.-]{1,128}"

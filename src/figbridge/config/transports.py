@@ -15,6 +15,7 @@ from figbridge.config.fields import (
     name_of_delivery_stream,
     name_of_stream,
     template,
+    url_of_endpoint,
     url_of_queue,
 )
 from figbridge.config.plugin import SINKS, SOURCES, OrPlugin, PluginSection
@@ -33,7 +34,9 @@ class AwsSection(Section):
     """What every AWS transport shares. Credentials come from boto3's usual chain, never from this file."""
 
     region: TextOrUnset = Field(None, description="AWS region; by default what boto3's chain finds.")
-    endpoint_url: TextOrUnset = Field(None, description="Another endpoint: an emulator or a VPC endpoint.")
+    endpoint_url: Annotated[TextOrUnset, AfterValidator(url_of_endpoint)] = Field(
+        None, description="Another endpoint: an emulator or a VPC endpoint."
+    )
 
 
 class AwsSinkSection(AwsSection):

@@ -151,8 +151,11 @@ def _quoted(text: str) -> str:
 
 def _kind(relative: Path, schema: Any) -> Kind:
     said = schema.get(SAYS, {}) if isinstance(schema, dict) else {}
+    source = said.get("source") if isinstance(said, dict) else said
+    if not isinstance(source, str | None) or not isinstance(said.get("detail-type", ""), str):
+        raise TypeError(f'"{SAYS}" holds a source and a detail-type, both of them texts')
     if "detail-type" in said:
-        return said.get("source"), said["detail-type"]
+        return source, said["detail-type"]
     match relative.with_suffix("").parts:
         case (detail_type,):
             return None, unquote(detail_type)
