@@ -209,8 +209,12 @@ def _stores(config: Config, stack: contextlib.ExitStack) -> list[tuple[DeadLette
     if config.relay and config.relay.dead_letters:
         sections.append(("relay", config.relay.dead_letters))
     if not sections:
-        remedy = "name a store in forward.dead-letters; by default the bridge stops at an event that nobody takes"
-        raise ConfigError("there are no dead letters", [Problem("forward.dead-letters", "is not there", remedy)])
+        where = "forward.dead-letters" if config.forward else "relay.dead-letters"
+        default = "by default the bridge stops at an event that nobody takes"
+        if config.forward is None:
+            default = "events that break their contract are in relay.quarantine"
+        problem = Problem(where, "is not there", f"name a store in {where}; {default}")
+        raise ConfigError("there are no dead letters", [problem])
     stores = []
     for section in dict.fromkeys(section for _, section in sections):  # sections are values
         store = open_dead_letters(section, config.dsn_for(section))

@@ -14,6 +14,7 @@ from figbridge import cli
 from figbridge.config import Config
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.mapping import Mapping, Mappings
+from fixtures.checked import role
 from fixtures.postgres import Database
 from fixtures.reverse import COLUMNS, KIND, make_shop, rows_of_inbox, work
 
@@ -205,3 +206,19 @@ def test_a_mapping_that_is_gone(run: Run, config: Path, applier: Applier, upsert
     refused = run("resolve", 1, "--take", "new")
     assert refused.exit_code == 2
     assert "no mapping with rules" in refused.output
+
+
+def test_a_file_without_rules_has_no_conflicts(shop: Database, config: Path, run: Run) -> None:
+    tree = yaml.safe_load(config.read_text())
+    del tree["reverse"]["mappings"][0]["conflicts"]
+    config.write_text(yaml.safe_dump(tree))
+    assert run("list").exit_code == 0, "what rules left that are gone is still to be read"
+
+    with role(shop) as (_, dsn):
+        config.write_text(yaml.safe_dump(tree).replace(shop.dsn, dsn))
+        refused = run("list")
+    assert (refused.exit_code, "no mapping of the file has `conflicts`" in refused.output) == (2, True), refused.output
+    shop.execute("DROP TABLE figbridge.conflict")
+    config.write_text(yaml.safe_dump(tree))
+    for refused in (run("list"), run("show", 1), run("resolve", 1, "--take", "legacy")):
+        assert (refused.exit_code, "no mapping" in refused.output) == (2, True), refused.output

@@ -26,6 +26,7 @@ from figbridge import legacy
 from figbridge.config import Config
 from figbridge.errors import BridgeError, ConfigError, Problem
 from figbridge.event import Named
+from figbridge.preflight import catalogue
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.conflict import Conflicts, Task
 from figbridge.reverse.guard import LoopGuard
@@ -260,5 +261,23 @@ def _get(connection: psycopg.Connection, number: int) -> Kept:
 
 def _connected(config: Config) -> psycopg.Connection:
     connection = legacy.connect(config.legacy.write_dsn, purpose="conflicts", autocommit=True)
-    connection.execute("SET client_encoding TO 'UTF8'")
+    try:
+        with legacy.translated():
+            connection.execute("SET client_encoding TO 'UTF8'")
+            _require_rules(connection, config)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _require_rules(connection: psycopg.Connection, config: Config) -> None:
+    """Without rules there need be no table. Old conflicts of rules that were taken out are still there to be read."""
+    mappings = config.reverse.mappings if config.reverse else ()
+    if any(part.rules for mapping in mappings for part in mapping.parts):
+        return
+    name = (legacy.SCHEMA, "conflict")
+    table = catalogue.tables(connection, [name]).get(name)
+    if table is None or not table.readable:
+        problem = Problem("reverse.mappings", "no mapping of the file has `conflicts`", "name the file of the bridge")
+        raise ConfigError("there are no conflicts", [problem])
