@@ -1,5 +1,7 @@
 """What AWS may answer, for each of its sinks alike: entries and requests refused, for now and for ever."""
 
+import contextlib
+import json
 import socket
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ import pytest
 from conformance.events import event
 from figbridge.errors import SinkRefused, SinkUnavailable
 from figbridge.transports import Sink, open_sink
-from fixtures.fake_aws import Cut, Document, FakeAws, Handler, cut, refuse
+from fixtures.anyhttp import FOREIGN
+from fixtures.fake_aws import Cut, Document, FakeAws, Handler, cut, raw, refuse
 from fixtures.sinks import SERVICES, Service, Taken, section, service
 
 
@@ -124,6 +127,47 @@ def test_what_may_pass_is_unavailable_and_tried_once(
     assert caught.value.hint
     assert len(fake.calls(behind.operation)) == 1
     assert not sink.publish([event(1), event(2)])
+
+
+@pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
+def test_an_answer_that_is_none_of_awss_is_unavailable(
+    behind: Service, fake: FakeAws, sink: Sink, answer: tuple[int, bytes]
+) -> None:
+    fake.script = {behind.operation: deque([raw(*answer)]), behind.look_up: deque([raw(*answer)])}
+
+    try:
+        rejections = sink.publish([event(1, key="a"), event(2, key="b")])
+    except SinkUnavailable as error:
+        assert error.hint  # noqa: PT017 (or it is the other)
+    else:
+        assert [(it.code, it.retryable) for it in rejections] == [("NoAnswer", True)] * 2
+    with contextlib.suppress(SinkUnavailable):  # where nothing is needed of the answer, any will do
+        sink.check()
+    sink.check()
+    assert not sink.publish([event(1), event(2)])
+
+
+@pytest.mark.parametrize("element", ["null", "7", '["x"]'])
+def test_what_is_no_object_is_no_answer_for_its_entry(behind: Service, fake: FakeAws, sink: Sink, element: str) -> None:
+    if behind.type in {"sns", "eventbridge_v2"}:
+        pytest.skip("its answers are not JSON")
+    lists: Document = {name: [] for name in ("Records", "Entries", "RequestResponses", "Successful", "Failed")}
+    body = json.dumps(lists).replace("[]", f"[{element}, {element}]").encode()
+    fake.script[behind.operation] = deque([raw(200, body)])
+
+    rejections = sink.publish([event(1, key="a"), event(2, key="b")])
+
+    assert [(it.code, it.retryable) for it in rejections] == [("NoAnswer", True)] * 2
+
+
+@pytest.mark.parametrize("type_", ["sqs", "sqs.fifo+crt"])
+def test_an_empty_list_may_be_null(type_: str) -> None:
+    behind = service(type_)
+    with behind.fake() as fake:
+        sink = behind.sink(fake)
+        fake.script[behind.operation] = deque([raw(200, b'{"Successful":[{"Id":"0","MessageId":"m"}],"Failed":null}')])
+        assert not sink.publish([event(1)])
+        sink.close()
 
 
 def test_a_request_that_was_taken_and_not_answered_is_unavailable(behind: Service, fake: FakeAws, sink: Sink) -> None:

@@ -19,6 +19,7 @@ from figbridge.formats import CloudEvent, DebeziumEvent
 from figbridge.forward.publish import Publisher
 from figbridge.metrics import Metrics
 from figbridge.transports import Deposit, open_deposit
+from fixtures.anyhttp import FOREIGN, AnyHttp
 from fixtures.fake_aws import FakeAws
 from fixtures.sinks import Service, service
 
@@ -172,3 +173,14 @@ def test_a_bucket_that_does_not_answer_is_tried_again() -> None:
     with pytest.raises(SinkUnavailable):
         deposit.deposit(event(1))
     deposit.close()
+
+
+@pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
+def test_an_answer_that_is_none_of_awss_is_unavailable(answer: tuple[int, bytes]) -> None:
+    """Also one that says 200: an object that is stored has an ETag."""
+    status, body = answer
+    with AnyHttp(lambda *_: (status, body, {})) as server:
+        deposit = open_deposit(section(server.url))
+        with pytest.raises(SinkUnavailable):
+            deposit.deposit(event(1))
+        deposit.close()

@@ -21,6 +21,7 @@ from figbridge.config import FileDeadLetters, S3DeadLetters, SqsDeadLetters, Tab
 from figbridge.deadletter import DeadLetter, DeadLetterStore, Wanted
 from figbridge.errors import BridgeError, LegacyUnavailable, SinkRefused, SinkUnavailable
 from figbridge.transports import open_dead_letters
+from fixtures.anyhttp import FOREIGN, AnyHttp
 from fixtures.checked import role
 from fixtures.postgres import Database
 
@@ -429,3 +430,22 @@ def test_a_database_that_is_away_is_tried_again() -> None:
         store.add([letter(1)])
     assert caught.value.retryable
     assert isinstance(caught.value.__cause__, psycopg.Error)
+
+
+# --- what stands between us and AWS
+
+
+@pytest.mark.parametrize("type_", ["s3", "sqs"])
+@pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
+def test_an_answer_that_is_none_of_awss_is_unavailable(type_: str, answer: tuple[int, bytes]) -> None:
+    """Also one that says 200: a letter that is stored has an ETag, or the id of a message."""
+    status, body = answer
+    with AnyHttp(lambda *_: (status, body, {})) as server:
+        store = S3(server.url).open() if type_ == "s3" else Sqs(server.url, f"{server.url}/1/letters").open()
+        with pytest.raises(SinkUnavailable):
+            store.add([letter(1)])
+        with contextlib.suppress(SinkUnavailable):
+            store.check()
+        with contextlib.suppress(SinkUnavailable):
+            list(store.scan(Wanted()))
+        store.close()

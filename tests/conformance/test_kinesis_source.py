@@ -22,8 +22,9 @@ from figbridge.metrics import Metrics
 from figbridge.reverse.setup import open_consumer
 from figbridge.transports import open_sink, open_source
 from figbridge.transports.kinesis_source import KinesisSource
+from fixtures.anyhttp import FOREIGN
 from fixtures.clock import until
-from fixtures.fake_aws import refuse
+from fixtures.fake_aws import raw, refuse
 from fixtures.fake_kinesis import NAME, FakeKinesis
 from fixtures.kpl import aggregated
 from fixtures.postgres import Database
@@ -459,3 +460,20 @@ def test_the_preflight_compares_for_how_long_a_key_and_a_record_are_kept(databas
     assert "known for 30 days, and the stream keeps a record for 30" in said
     tree["reverse"]["inbox-retention"] = 31
     assert warned() == []
+
+
+@pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
+def test_an_answer_that_is_none_of_awss_is_unavailable(
+    fake: FakeKinesis, database: Database, answer: tuple[int, bytes]
+) -> None:
+    fake.put("k", b"x")
+    source = opened(fake, database)
+    for operation in ("DescribeStreamSummary", "ListShards", "GetShardIterator", "GetRecords"):
+        fake.script[operation] = deque([raw(*answer)])
+
+    for _ in fake.script.copy():
+        with pytest.raises(QueueUnavailable):
+            source.receive(wait=0)
+
+    assert [it.body for it in take(source, 1)] == [b"x"]
+    source.close()

@@ -1,5 +1,6 @@
 """SQS as a source, over HTTP to an emulator: the suite of all sources, and what is SQS's own."""
 
+import contextlib
 import json
 import socket
 import uuid
@@ -16,7 +17,8 @@ from conformance.source_suite import SourceFeatures, SourceHarness, SourceSuite,
 from figbridge.config import SqsSourceSection
 from figbridge.errors import QueueError, QueueUnavailable
 from figbridge.transports import open_source
-from figbridge.transports.sqs import SqsSource
+from figbridge.transports.sqs import SqsDelivery, SqsSource
+from fixtures.anyhttp import FOREIGN, AnyHttp
 
 if TYPE_CHECKING:
     from mypy_boto3_sqs.literals import QueueAttributeNameType
@@ -179,3 +181,33 @@ def test_a_queue_that_answers_again_needs_no_new_source() -> None:
         assert take(source, 1)[0].body == b"kept"
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize("answer", FOREIGN.values(), ids=FOREIGN)
+def test_an_answer_that_is_none_of_awss_is_unavailable(answer: tuple[int, bytes]) -> None:
+    status, body = answer
+    with AnyHttp(lambda *_: (status, body, {})) as server:
+        source = SqsSource(section(f"{server.url}/123456789012/reverse", server.url))
+        delivery = SqsDelivery(source, {"ReceiptHandle": "r", "Body": "x"}, 0, 0)
+        for call in (
+            source.check,
+            lambda: source.receive(wait=0),
+            lambda: source.acknowledge([delivery]),
+            delivery.ack,
+            delivery.nack,
+            lambda: source._extend(["r"], 5),
+        ):
+            with contextlib.suppress(QueueUnavailable):
+                call()
+        source.close()
+
+
+@pytest.mark.parametrize("message", [b"null", b"{}", b'{"ReceiptHandle":"r"}'])
+def test_what_is_no_message_is_no_answer(message: bytes) -> None:
+    with AnyHttp(lambda *_: (200, b'{"Messages":[%b],"Failed":[%b]}' % (message, message), {})) as server:
+        source = SqsSource(section(f"{server.url}/123456789012/reverse", server.url))
+        delivery = SqsDelivery(source, {"ReceiptHandle": "r", "Body": "x"}, 0, 0)
+        for call in (lambda: source.receive(wait=0), lambda: source.acknowledge([delivery])):
+            with pytest.raises(QueueUnavailable, match="is not AWS"):
+                call()
+        source.close()

@@ -7,8 +7,11 @@ Refuses to guess: without a region or credentials nothing starts. botocore would
 and answer minutes later with an error that names neither.
 """
 
+import contextlib
 import functools
 import hashlib
+import struct
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Final
@@ -39,8 +42,21 @@ from figbridge.errors import BridgeError
 if TYPE_CHECKING:
     from figbridge.transports.crt import Caller
 
-# What a call of a client raises; nothing else of botocore's concerns a transport.
+
+class ForeignAnswer(BotoCoreError):
+    """What came back is no answer of AWS: the page of a proxy, or an error of a load balancer in front of AWS."""
+
+    fmt = "what answered is not AWS, a proxy perhaps: {error}"
+
+
+# What a call of a client raises within `reading`; nothing else of botocore's concerns a transport.
 ERRORS: Final = (ClientError, BotoCoreError, ResponseParserError)
+
+# What botocore's parsers raise of a body that they did not expect, beside ResponseParserError. MemoryError: a text that
+# is read as CBOR begins with the length of the rest.
+_UNREADABLE: Final = (
+    AttributeError, LookupError, MemoryError, OverflowError, RecursionError, TypeError, ValueError, struct.error,
+)  # fmt: skip
 
 _CONNECT_TIMEOUT = 3  # seconds; an endpoint that does not answer a SYN by then is not there
 # Seconds without a byte. More than the 20 s of SQS's longest poll, or each poll of an empty queue would be an error:
@@ -93,6 +109,7 @@ _PASSING: Final = (
     CredentialRetrievalError,
     MetadataRetrievalError,
     ResponseParserError,
+    ForeignAnswer,
 )
 
 _NO_CREDENTIALS: Final = (
@@ -161,6 +178,25 @@ def caller(client: Any, operation: str, section: AwsSection) -> "Caller":
 def credentials(section: AwsSection) -> Any:
     """Those of botocore's chain, read anew."""
     return boto3.Session(region_name=section.region).get_credentials()
+
+
+@contextlib.contextmanager
+def reading(status: int | None = None) -> Iterator[None]:
+    """Around the call of a client and the reading of its answer. Raises ForeignAnswer for one that cannot be read.
+
+    Around nothing else: a defect of ours must end the bridge, and would be tried for ever in here.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        http = "" if status is None else f"HTTP {status}, "
+        raise ForeignAnswer(error=f"{http}{type(error).__name__}: {error}") from error
+
+
+def proven(answer: Mapping[str, Any], name: str) -> None:
+    """Raises ForeignAnswer if an answer has no `name`, by which AWS says that it has stored something."""
+    if not answer.get(name):
+        raise ForeignAnswer(error=f"an answer without {name}")
 
 
 def take_bodies(client: Any, operation: str) -> None:

@@ -103,7 +103,8 @@ class AwsSink(ABC):
         That we may write to it is shown by the first request only: a made-up entry would be read by consumers.
         """
         try:
-            self.look_up()
+            with aws.reading():
+                self.look_up()
         except aws.ERRORS as error:
             raise self._translated(error, self.look_up_action) from error
 
@@ -218,10 +219,11 @@ class JsonSink(AwsSink):
 
     def request(self, body: bytes, **parameters: Any) -> dict[str, Any]:
         """The answer to one request; `parameters` are for the rules by which botocore chooses an endpoint."""
-        if self._caller:
-            return self._caller(body)
-        answer: dict[str, Any] = self._method(Body=body, **parameters).get("Answer", {})
-        return answer
+        with aws.reading():
+            if self._caller:
+                return self._caller(body)
+            answer: dict[str, Any] = self._method(Body=body, **parameters).get("Answer", {})
+            return answer
 
     def close(self) -> None:
         """See `AwsSink.close`."""
@@ -252,22 +254,30 @@ def refusal(result: Mapping[str, Any]) -> Refusal:
     sender may be taken later.
     """
     code = result.get("ErrorCode") or result.get("Code")
-    if not code:
+    if not code or not isinstance(code, str):
         return Refusal("NoAnswer", "neither taken nor refused", retryable=True)
-    message = result.get("ErrorMessage") or result.get("Message") or ""
+    message = str(result.get("ErrorMessage") or result.get("Message") or "")
     return Refusal(code, message, retryable=aws.retryable(code) or result.get("SenderFault") is False)
 
 
-def in_order(results: Sequence[Mapping[str, Any]], proof: str) -> list[Refusal | None]:
-    """Results that stand in the order of the entries; one with `proof` and without an error is a success."""
-    return [None if it.get(proof) and not it.get("ErrorCode") else refusal(it) for it in results]
+def in_order(answer: Mapping[str, Any], name: str, proof: str) -> list[Refusal | None]:
+    """Results that stand under `name`, in the order of the entries; `proof` without an error is a success."""
+    return [None if it.get(proof) and not it.get("ErrorCode") else refusal(it) for it in _objects(answer, name)]
 
 
 def by_id(answer: Mapping[str, Any], ids: Iterable[str]) -> list[Refusal | None]:
     """Results that are named by the entry's Id: Successful and Failed, as SQS and SNS answer."""
-    taken = {it["Id"] for it in answer.get("Successful", ())}
-    failed = {it["Id"]: it for it in answer.get("Failed", ())}
+    taken = {str(it.get("Id")) for it in _objects(answer, "Successful")}
+    failed = {str(it.get("Id")): it for it in _objects(answer, "Failed")}
     return [None if id_ in taken else refusal(failed.get(id_, {})) for id_ in ids]
+
+
+def _objects(answer: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """A list of an answer, which nobody has read before us; what is no object says nothing of its entry."""
+    found = answer.get(name)
+    if not isinstance(found, list):  # a server in Go says null for an empty one
+        return []
+    return [it if isinstance(it, dict) else {} for it in found]
 
 
 def message(event: Event, payload: bytes, number: str, name: str, *, fifo: bool) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class ClaimChecks:
     def check(self) -> None:
         """The bucket is there (HeadBucket). Raises SinkRefused, SinkUnavailable."""
         try:
-            self._client.head_bucket(Bucket=self._bucket)
+            with aws.reading():
+                self._client.head_bucket(Bucket=self._bucket)
         except aws.ERRORS as error:
             raise self._translated(error, "s3:ListBucket") from error
 
@@ -45,7 +46,11 @@ class ClaimChecks:
         body = event.body()
         name = f"{self._prefix}{event.id}.json"
         try:
-            self._client.put_object(Bucket=self._bucket, Key=name, Body=body, ContentType="application/json")
+            with aws.reading():
+                answer = self._client.put_object(
+                    Bucket=self._bucket, Key=name, Body=body, ContentType="application/json"
+                )
+                aws.proven(answer, "ETag")
         except aws.ERRORS as error:
             raise self._translated(error, "s3:PutObject") from error
         digest = hashlib.sha256(body).hexdigest()

@@ -37,6 +37,7 @@ from botocore.exceptions import (
 from botocore.parsers import create_parser
 
 from figbridge.errors import BridgeError
+from figbridge.transports import aws
 
 _ERRORS: Final = create_parser("json")
 
@@ -101,7 +102,9 @@ class Caller:
             self._idle.put(connection)
         if response.status >= 300:
             document = {"status_code": response.status, "headers": dict(response.getheaders()), "body": content}
-            raise ClientError(_ERRORS.parse(document, self._shape), self._operation)
+            with aws.reading(response.status):
+                parsed = _ERRORS.parse(document, self._shape)
+            raise ClientError(parsed, self._operation)
         try:
             answer = orjson.loads(content)
         except orjson.JSONDecodeError:  # of something between us and AWS; which entries were taken is not known

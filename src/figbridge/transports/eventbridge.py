@@ -57,7 +57,7 @@ class EventBridgeSink(JsonSink):
 
     def look_up(self) -> None:
         """DescribeEventBus."""
-        self._client.describe_event_bus(Name=self._bus)
+        aws.proven(self._client.describe_event_bus(Name=self._bus), "Name")
         self._looked_up = self._clock()
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
@@ -101,7 +101,7 @@ class EventBridgeSink(JsonSink):
     def send(self, entries: list[bytes]) -> Sequence[Refusal | None]:
         """PutEvents."""
         answer = self.request(b'{"Entries":[%b]}' % b",".join(entries))
-        return in_order(answer.get("Entries", ()), "EventId")
+        return in_order(answer, "Entries", "EventId")
 
     def fault(self, code: str, message: str) -> str | None:
         """A region whose limit is still the old one answers a ValidationException like any other, but for its text.

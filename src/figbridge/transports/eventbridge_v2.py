@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 from figbridge.config import EventBridgeV2SinkSection
 from figbridge.errors import SinkError, SinkRefused, SinkUnavailable
 from figbridge.event import Event
-from figbridge.transports import Limits
+from figbridge.transports import Limits, aws
 from figbridge.transports.awssink import AwsSink, Refusal, Unfit, in_order, plain
 
 _MOST_BYTES = 1024 * 1024 - 1
@@ -88,9 +88,9 @@ class EventBridgeV2Sink(AwsSink):
 
     def send(self, entries: list[dict[str, Any]]) -> Sequence[Refusal | None]:
         """PutEvents. FailedEntryCount may be missing, so each entry is looked at."""
-        return in_order(
-            self._client.put_events(EventBusArn=self._bus, Entries=entries).get("Entries", ()), "SuccessCode"
-        )
+        with aws.reading():
+            answer = self._client.put_events(EventBusArn=self._bus, Entries=entries)
+        return in_order(answer, "Entries", "SuccessCode")
 
     def _translated(self, error: Exception, action: str) -> SinkError:
         if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "InvalidStateException":

@@ -64,4 +64,4 @@ class FirehoseSink(JsonSink):
         """PutRecordBatch."""
         frame = {"DeliveryStreamName": self._stream}
         answer = self.request(body(entries, "Records", frame))
-        return in_order(answer.get("RequestResponses", ()), "RecordId")
+        return in_order(answer, "RequestResponses", "RecordId")

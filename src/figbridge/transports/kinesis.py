@@ -73,4 +73,4 @@ class KinesisSink(JsonSink):
     def send(self, entries: list[bytes]) -> Sequence[Refusal | None]:
         """PutRecords."""
         answer = self.request(body(entries, "Records", self._stream), **self._stream)
-        return in_order(answer.get("Records", ()), "SequenceNumber")
+        return in_order(answer, "Records", "SequenceNumber")

@@ -20,7 +20,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -205,7 +205,9 @@ class KinesisSource:
         try:
             if shard.iterator is None:
                 shard.iterator = self._iterator(shard)
-            answer = self._call("GetRecords", self._client.get_records, ShardIterator=shard.iterator, Limit=_LIMIT)
+            with self._asking("GetRecords"):
+                answer = self._client.get_records(ShardIterator=shard.iterator, Limit=_LIMIT)
+                fetched = [(it["SequenceNumber"], it["Data"]) for it in answer["Records"]]
         except _Answered as error:
             if error.code == "ExpiredIteratorException":
                 shard.iterator, shard.due = None, 0.0
@@ -214,7 +216,7 @@ class KinesisSource:
             else:  # ResourceNotFoundException: it went since it was listed, which the next list says
                 self._look_at, shard.due = 0.0, time.monotonic() + _THROTTLED
             return
-        shard.fetched.extend((it["SequenceNumber"], it["Data"]) for it in answer["Records"])
+        shard.fetched.extend(fetched)
         if shard.fetched:
             shard.read = shard.fetched[-1][0]
         shard.iterator = answer.get("NextShardIterator")
@@ -242,18 +244,21 @@ class KinesisSource:
             start = {"ShardIteratorType": "AFTER_SEQUENCE_NUMBER", "StartingSequenceNumber": shard.read}
         elif shard.since is not None:
             start = {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": shard.since}
-        call = self._client.get_shard_iterator
-        found: str = self._call("GetShardIterator", call, ShardId=shard.id, **start, **self._stream)["ShardIterator"]
-        return found
+        with self._asking("GetShardIterator"):
+            answer = self._client.get_shard_iterator(ShardId=shard.id, **start, **self._stream)
+            found: str = answer["ShardIterator"]
+            return found
 
     def _describe(self) -> dict[str, Any]:
         try:
-            answer = self._call("DescribeStreamSummary", self._client.describe_stream_summary, **self._stream)
+            with self._asking("DescribeStreamSummary"):
+                answer = self._client.describe_stream_summary(**self._stream)
+                summary: dict[str, Any] = answer["StreamDescriptionSummary"]
+                kept, status = summary.get("RetentionPeriodHours", 24) * 3600.0, summary["StreamStatus"]
         except _Answered as error:
             raise self._refused("DescribeStreamSummary", error) from error
-        summary: dict[str, Any] = answer["StreamDescriptionSummary"]
-        self.kept = summary.get("RetentionPeriodHours", 24) * 3600.0
-        if summary["StreamStatus"] == "CREATING":
+        self.kept = kept
+        if status == "CREATING":
             raise QueueUnavailable(f"the stream {self._section.stream} is being made", hint="the bridge waits for it")
         return summary
 
@@ -263,20 +268,26 @@ class KinesisSource:
         parameters: dict[str, Any] = dict(self._stream)
         while parameters:
             try:
-                answer = self._call("ListShards", self._client.list_shards, **parameters)
+                with self._asking("ListShards"):
+                    answer = self._client.list_shards(**parameters)
+                    for it in answer["Shards"]:
+                        parents = [it.get("ParentShardId"), it.get("AdjacentParentShardId")]
+                        shards[it["ShardId"]] = [parent for parent in parents if parent]
             except _Answered as error:
                 raise self._refused("ListShards", error) from error
-            for it in answer["Shards"]:
-                parents = [it.get("ParentShardId"), it.get("AdjacentParentShardId")]
-                shards[it["ShardId"]] = [parent for parent in parents if parent]
             token = answer.get("NextToken")
             parameters = {"NextToken": token} if token else {}
         return shards
 
-    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
-        """Raises _Answered for what the caller may have an answer to, QueueUnavailable or QueueError."""
+    @contextlib.contextmanager
+    def _asking(self, action: str) -> Iterator[None]:
+        """Around a call and the reading of its answer.
+
+        Raises _Answered for what the caller may have an answer to, QueueUnavailable or QueueError.
+        """
         try:
-            return call(**parameters)
+            with aws.reading():
+                yield
         except aws.ERRORS as error:
             code, retryable = aws.classify(error)
             if code in _TOO_FAST or code in {"ExpiredIteratorException", "ResourceNotFoundException"}:

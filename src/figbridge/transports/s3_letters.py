@@ -9,6 +9,7 @@ Rights: s3:PutObject, s3:GetObject and s3:ListBucket; to redrive and to discard 
 https://docs.aws.amazon.com/AmazonS3/latest/API/API_ListObjectsV2.html
 """
 
+import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from datetime import UTC
 from typing import Any, Final
@@ -36,9 +37,11 @@ class S3DeadLetterStore:
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`. Raises SinkUnavailable, SinkRefused."""
         for letter in letters:
-            self._call(
-                "PutObject", self._client.put_object, Key=self._key(letter), Body=dump(letter), ContentType=_JSON
-            )
+            with self._asking("PutObject"):
+                answer = self._client.put_object(
+                    Bucket=self._bucket, Key=self._key(letter), Body=dump(letter), ContentType=_JSON
+                )
+                aws.proven(answer, "ETag")
 
     def check(self) -> None:
         """The bucket is there and may be written to, without writing. Raises SinkRefused, SinkUnavailable.
@@ -46,9 +49,11 @@ class S3DeadLetterStore:
         A PutObject on condition of a version that no object has: rights are looked at before conditions.
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
         """
-        self._call("ListBucket", self._client.list_objects_v2, Prefix=self._prefix, MaxKeys=1)
+        with self._asking("ListBucket"):
+            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         try:
-            self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}check", Body=b"", IfMatch='"0"')
+            with aws.reading():
+                self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}check", Body=b"", IfMatch='"0"')
         except aws.ERRORS as error:
             if aws.classify(error)[0] not in {*_GONE, "PreconditionFailed"}:
                 raise self._translated(error, "PutObject") from error
@@ -64,12 +69,13 @@ class S3DeadLetterStore:
         """See `DeadLetterStore.remove`. Raises SinkUnavailable, SinkRefused."""
         for begin in range(0, len(kept), _DELETED_AT_ONCE):
             objects = [{"Key": it.place} for it in kept[begin : begin + _DELETED_AT_ONCE]]
-            answer = self._call("DeleteObject", self._client.delete_objects, Delete={"Objects": objects, "Quiet": True})
-            for failed in answer.get("Errors", ()):
-                code = failed.get("Code", "Unknown")
+            with self._asking("DeleteObject"):
+                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+                errors = [(it.get("Code", "Unknown"), it.get("Message", "")) for it in answer.get("Errors", ())]
+            for code, message in errors:
                 if not aws.retryable(code):
                     raise SinkRefused(
-                        f"s3:DeleteObject on {self.name}: {code}: {failed.get('Message', '')}",
+                        f"s3:DeleteObject on {self.name}: {code}: {message}",
                         hint=aws.remedy(code, action="s3:DeleteObject", resource=self.name),
                     )
                 raise SinkUnavailable(f"s3:DeleteObject on {self.name}: {code}", hint=_AGAIN)
@@ -85,23 +91,25 @@ class S3DeadLetterStore:
     def _keys(self, wanted: Wanted) -> Iterator[str]:
         more: dict[str, Any] = {"MaxKeys": _PAGE}
         while True:
-            page = self._call("ListBucket", self._client.list_objects_v2, Prefix=self._prefix, **more)
-            for it in page.get("Contents", ()):
-                if it["Key"].endswith(_SUFFIX) and (wanted.since is None or it["LastModified"] >= _floor(wanted)):
-                    yield it["Key"]
-            if not page.get("IsTruncated"):
+            with self._asking("ListBucket"):
+                page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, **more)
+                found = [(it["Key"], it["LastModified"]) for it in page.get("Contents", ())]
+                token = page["NextContinuationToken"] if page.get("IsTruncated") else None
+            for key, modified in found:
+                if key.endswith(_SUFFIX) and (wanted.since is None or modified >= _floor(wanted)):
+                    yield key
+            if token is None:
                 return
-            more["ContinuationToken"] = page["NextContinuationToken"]
+            more["ContinuationToken"] = token
 
     def _read(self, keys: Iterator[str] | list[str], wanted: Wanted) -> Iterator[Kept]:
         for key in keys:
             try:
-                text = self._call("GetObject", self._client.get_object, Key=key)["Body"].read()
+                with self._asking("GetObject"):
+                    text = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
                 letter = parse(text)
             except _Gone:  # somebody removed it meanwhile
                 continue
-            except aws.ERRORS as error:  # while its body was read
-                raise self._translated(error, "GetObject") from error
             except Unreadable as error:
                 raise BridgeError(
                     f"s3://{self._bucket}/{key}: {error}", hint="give the dead letters a prefix of their own"
@@ -109,9 +117,12 @@ class S3DeadLetterStore:
             if letter in wanted:
                 yield Kept(letter, key)
 
-    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
+    @contextlib.contextmanager
+    def _asking(self, action: str) -> Iterator[None]:
+        """Around a call and the reading of its answer. Raises _Gone, SinkUnavailable or SinkRefused."""
         try:
-            return call(Bucket=self._bucket, **parameters)
+            with aws.reading():
+                yield
         except aws.ERRORS as error:
             if action == "GetObject" and aws.classify(error)[0] in _GONE:
                 raise _Gone from error

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from figbridge.config import SnsSinkSection
 from figbridge.event import Event
-from figbridge.transports import Limits
+from figbridge.transports import Limits, aws
 from figbridge.transports.awssink import AwsSink, Refusal, by_id, message, xml_safe
 
 # bytes of all messages of a request together, where the topic's MaximumMessageSize says nothing else
@@ -52,5 +52,6 @@ class SnsSink(AwsSink):
 
     def send(self, entries: list[dict[str, Any]]) -> Sequence[Refusal | None]:
         """PublishBatch."""
-        answer = self._client.publish_batch(TopicArn=self._topic, PublishBatchRequestEntries=entries)
+        with aws.reading():
+            answer = self._client.publish_batch(TopicArn=self._topic, PublishBatchRequestEntries=entries)
         return by_id(answer, [it["Id"] for it in entries])

@@ -16,9 +16,10 @@ Refuses to order a standard queue: it does not keep order itself. Use a FIFO que
 https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_ReceiveMessage.html
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import structlog
@@ -37,6 +38,7 @@ _CERTAIN: Final = 0.9  # of the visibility timeout is left, surely, when an answ
 # How DeleteMessage and ChangeMessageVisibility say that the receipt is of yesterday. A FIFO queue says
 # InvalidParameterValue: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/APIReference/API_DeleteMessage.html
 _EXPIRED: Final = ("ReceiptHandleIsInvalid", "MessageNotInflight", "InvalidParameterValue")
+_OF_A_RECEIPT: Final = ("DeleteMessage", "ChangeMessageVisibility")
 _RIGHTS: Final = "sqs:GetQueueAttributes, sqs:ReceiveMessage, sqs:DeleteMessage and sqs:ChangeMessageVisibility"
 
 
@@ -54,22 +56,23 @@ class SqsSource:
 
     def check(self) -> None:
         """See `Source.check`."""
-        self._call("GetQueueAttributes", self._client.get_queue_attributes, AttributeNames=["QueueArn"])
+        with self._asking("GetQueueAttributes"):
+            self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=["QueueArn"])
 
     def receive(self, *, wait: float) -> Sequence["SqsDelivery"]:
         """See `Source.receive`; `wait` is rounded up to seconds, and at most 20 of them."""
         waited = min(_LONGEST_POLL, math.ceil(wait))
-        answer = self._call(
-            "ReceiveMessage",
-            self._client.receive_message,
-            MaxNumberOfMessages=_BATCH,
-            WaitTimeSeconds=waited,
-            VisibilityTimeout=self._visibility_timeout,
-            MessageSystemAttributeNames=["ApproximateReceiveCount", "MessageGroupId"],
-        )
-        # invisible since the answer was made: a little before now
-        now, seconds = time.monotonic(), self._visibility_timeout * _CERTAIN
-        deliveries = [SqsDelivery(self, message, now, seconds) for message in answer.get("Messages", [])]
+        with self._asking("ReceiveMessage"):
+            answer = self._client.receive_message(
+                QueueUrl=self._url,
+                MaxNumberOfMessages=_BATCH,
+                WaitTimeSeconds=waited,
+                VisibilityTimeout=self._visibility_timeout,
+                MessageSystemAttributeNames=["ApproximateReceiveCount", "MessageGroupId"],
+            )
+            # invisible since the answer was made: a little before now
+            now, seconds = time.monotonic(), self._visibility_timeout * _CERTAIN
+            deliveries = [SqsDelivery(self, message, now, seconds) for message in answer.get("Messages", [])]
         self._heartbeat.hold([it.held for it in deliveries])
         return deliveries
 
@@ -85,9 +88,11 @@ class SqsSource:
         for begin in range(0, len(receipts), _BATCH):
             part = receipts[begin : begin + _BATCH]
             entries = [{"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(part)]
-            answer = self._call("DeleteMessageBatch", self._client.delete_message_batch, Entries=entries)
-            for failed in answer.get("Failed", []):
-                self.delete(part[int(failed["Id"])])  # alone, so that its own error says what is wrong
+            with self._asking("DeleteMessageBatch"):
+                answer = self._client.delete_message_batch(QueueUrl=self._url, Entries=entries)
+                failed = [part[int(it["Id"])] for it in answer.get("Failed", [])]
+            for receipt in failed:
+                self.delete(receipt)  # alone, so that its own error says what is wrong
 
     def hide(self, receipt: str, seconds: int) -> None:
         """Make a message visible again in `seconds`. Raises QueueUnavailable or QueueError."""
@@ -110,14 +115,14 @@ class SqsSource:
             {"Id": str(number), "ReceiptHandle": receipt, "VisibilityTimeout": seconds}
             for number, receipt in enumerate(receipts)
         ]
-        answer = self._call(
-            "ChangeMessageVisibilityBatch", self._client.change_message_visibility_batch, Entries=entries
-        )
-        return [receipts[int(failed["Id"])] for failed in answer.get("Failed", []) if failed.get("SenderFault", True)]
+        with self._asking("ChangeMessageVisibilityBatch"):
+            answer = self._client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
+            return [receipts[int(it["Id"])] for it in answer.get("Failed", []) if it.get("SenderFault", True)]
 
     def _settle(self, action: str, call: Any, **parameters: Any) -> None:
         try:
-            self._call(action, call, **parameters)
+            with self._asking(action):
+                call(QueueUrl=self._url, **parameters)
         except _ReceiptExpired as error:
             _log.warning(
                 "the receipt of a message expired; it is delivered again",
@@ -126,12 +131,15 @@ class SqsSource:
                 hint="if this is frequent, raise visibility-timeout",
             )
 
-    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
+    @contextlib.contextmanager
+    def _asking(self, action: str) -> Iterator[None]:
+        """Around a call and the reading of its answer. Raises _ReceiptExpired, QueueUnavailable or QueueError."""
         try:
-            return call(QueueUrl=self._url, **parameters)
+            with aws.reading():
+                yield
         except aws.ERRORS as error:
             code, retryable = aws.classify(error)
-            if code in _EXPIRED and "ReceiptHandle" in parameters:
+            if code in _EXPIRED and action in _OF_A_RECEIPT:
                 raise _ReceiptExpired(code) from error
             if retryable:
                 raise QueueUnavailable(

@@ -14,7 +14,7 @@ https://docs.aws.amazon.com/AWSSimpleQueueService/latest/SQSDeveloperGuide/quota
 
 import contextlib
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -30,6 +30,7 @@ _BATCH: Final = 10  # messages of a receive
 _HIDDEN: Final = 300  # seconds that a message is ours; when it takes longer, it comes again, which is harmless
 _WAIT: Final = 1  # seconds; a poll without waiting asks some of the queue's servers only, and may find nothing
 _HELD: Final = 10_000  # receipts in memory, half a kilobyte each; SQS itself allows 120,000
+_READ: Final = ("MessageId", "ReceiptHandle", "Body")
 _AGAIN: Final = "nothing is lost; the bridge tries again"
 
 
@@ -48,6 +49,7 @@ class SqsDeadLetterStore:
         self._most: int | None = None
         self._held: dict[str, _Place] = {}  # by message; what `scan` has to give back
         self.name = section.queue_url
+        self._s3_name = f"the bucket {section.bucket}"
 
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`; a request each, for letters are rare and may be large. Raises as `check`."""
@@ -55,7 +57,10 @@ class SqsDeadLetterStore:
             parameters = {}
             if self._url.endswith(".fifo"):  # no order among letters, so that none holds up the ones behind it
                 parameters = {"MessageGroupId": letter.id, "MessageDeduplicationId": letter.id}
-            self._call("SendMessage", self._client.send_message, MessageBody=self._message(letter), **parameters)
+            text = self._message(letter)
+            with self._asking("sqs:SendMessage", self.name):
+                answer = self._client.send_message(QueueUrl=self._url, MessageBody=text, **parameters)
+                aws.proven(answer, "MessageId")
 
     def check(self) -> None:
         """The queue, and the bucket, are there. Raises SinkRefused, SinkUnavailable.
@@ -64,7 +69,8 @@ class SqsDeadLetterStore:
         """
         self._look_up()
         if self._s3:
-            self._call_s3("ListBucket", self._s3.head_bucket)
+            with self._asking("s3:ListBucket", self._s3_name):
+                self._s3.head_bucket(Bucket=self._bucket)
 
     def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:
         """See `DeadLetterStore.scan`: in no order.
@@ -95,7 +101,8 @@ class SqsDeadLetterStore:
         """See `DeadLetterStore.remove`. Raises SinkUnavailable, SinkRefused."""
         for it in kept:
             place: _Place = it.place
-            self._call("DeleteMessage", self._client.delete_message, ReceiptHandle=place.receipt)
+            with self._asking("sqs:DeleteMessage", self.name):
+                self._client.delete_message(QueueUrl=self._url, ReceiptHandle=place.receipt)
             self._held.pop(place.message, None)
 
     def close(self) -> None:
@@ -116,7 +123,9 @@ class SqsDeadLetterStore:
                 "letters in S3 or in a table",
             )
         name = f"{self._prefix}{letter.id}.body"
-        self._call_s3("PutObject", self._s3.put_object, Key=name, Body=letter.body)
+        with self._asking("s3:PutObject", self._s3_name):
+            answer = self._s3.put_object(Bucket=self._bucket, Key=name, Body=letter.body)
+            aws.proven(answer, "ETag")
         digest = hashlib.sha256(letter.body).hexdigest()
         where = {"bucket": self._bucket, "key": name, "bytes": len(letter.body), "sha256": digest}
         return xml_safe(dump(letter, body_in=where)).decode()
@@ -132,7 +141,9 @@ class SqsDeadLetterStore:
                         f"the body of a letter of {self.name} is in the bucket {where['bucket']}",
                         hint="name that bucket in the section of the dead letters",
                     )
-                body = self._call_s3("GetObject", self._s3.get_object, Key=where["key"])["Body"].read()
+                key = where["key"]
+                with self._asking("s3:GetObject", self._s3_name):
+                    body = self._s3.get_object(Bucket=self._bucket, Key=key)["Body"].read()
             return parse(text, body)
         except (ValueError, AttributeError, KeyError, TypeError, Unreadable) as error:
             raise BridgeError(
@@ -141,14 +152,11 @@ class SqsDeadLetterStore:
             ) from error
 
     def _receive(self) -> list[dict[str, Any]]:
-        answer = self._call(
-            "ReceiveMessage",
-            self._client.receive_message,
-            MaxNumberOfMessages=_BATCH,
-            VisibilityTimeout=_HIDDEN,
-            WaitTimeSeconds=_WAIT,
-        )
-        return list(answer.get("Messages", ()))
+        with self._asking("sqs:ReceiveMessage", self.name):
+            answer = self._client.receive_message(
+                QueueUrl=self._url, MaxNumberOfMessages=_BATCH, VisibilityTimeout=_HIDDEN, WaitTimeSeconds=_WAIT
+            )
+            return [{name: it[name] for name in _READ} for it in answer.get("Messages", ())]
 
     def _give_back(self) -> None:
         places = list(self._held.values())
@@ -158,26 +166,25 @@ class SqsDeadLetterStore:
                 {"Id": str(number), "ReceiptHandle": place.receipt, "VisibilityTimeout": 0}
                 for number, place in enumerate(places[begin : begin + _BATCH])
             ]
-            with contextlib.suppress(*aws.ERRORS):  # then it is visible by itself after `_HIDDEN`
+            with contextlib.suppress(*aws.ERRORS), aws.reading():  # then it is visible by itself after `_HIDDEN`
                 self._client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
 
     def _look_up(self) -> int:
         names = ["MaximumMessageSize"]
-        answer = self._call("GetQueueAttributes", self._client.get_queue_attributes, AttributeNames=names)
-        self._most = min(_LARGEST, int(answer.get("Attributes", {}).get("MaximumMessageSize", _LARGEST)))
-        return self._most
+        with self._asking("sqs:GetQueueAttributes", self.name):
+            answer = self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
+            most = min(_LARGEST, int(answer.get("Attributes", {}).get("MaximumMessageSize", _LARGEST)))
+        self._most = most
+        return most
 
-    def _call(self, action: str, call: Any, **parameters: Any) -> Any:
+    @contextlib.contextmanager
+    def _asking(self, action: str, resource: str) -> Iterator[None]:
+        """Around a call and the reading of its answer. Raises SinkUnavailable, SinkRefused."""
         try:
-            return call(QueueUrl=self._url, **parameters)
+            with aws.reading():
+                yield
         except aws.ERRORS as error:
-            raise _translated(error, f"sqs:{action}", self.name) from error
-
-    def _call_s3(self, action: str, call: Any, **parameters: Any) -> Any:
-        try:
-            return call(Bucket=self._bucket, **parameters)
-        except aws.ERRORS as error:
-            raise _translated(error, f"s3:{action}", f"the bucket {self._bucket}") from error
+            raise _translated(error, action, resource) from error
 
 
 def _translated(error: Exception, action: str, resource: str) -> SinkError:
