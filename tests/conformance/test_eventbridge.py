@@ -18,6 +18,7 @@ from figbridge.config import AwsSection, EventBridgeSinkSection
 from figbridge.errors import BridgeError, SinkRefused, SinkUnavailable
 from figbridge.event import Event
 from figbridge.transports import aws
+from figbridge.transports.awsclient import Client
 from figbridge.transports.eventbridge import EventBridgeSink
 from fixtures.clock import PATIENCE
 from fixtures.fake_eventbridge import FakeEventBridge, cut, error, partly, raw
@@ -375,18 +376,18 @@ def test_without_region_credentials_or_profile_nothing_starts(monkeypatch: pytes
     ):
         monkeypatch.delenv(remove)
         with pytest.raises(BridgeError) as caught:
-            aws.client("events", where)
+            Client("events", where)
         assert hint in caught.value.hint
         assert not caught.value.retryable
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(BridgeError, match="nobody") as caught:
-        aws.client("events", here)
+        Client("events", here)
     assert caught.value.hint
     monkeypatch.delenv("AWS_PROFILE")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     with pytest.raises(BridgeError) as caught:
-        aws.client("events", AwsSection(region="eu-west-1", endpoint_url="localhost:4566"))
+        Client("events", AwsSection(region="eu-west-1", endpoint_url="localhost:4566"))
     assert "endpoint_url" in caught.value.hint
 
 

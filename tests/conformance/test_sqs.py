@@ -114,7 +114,7 @@ def test_a_refused_permission_names_the_rights(monkeypatch: pytest.MonkeyPatch) 
     def refuse(**_: Any) -> None:
         raise botocore.exceptions.ClientError(answer, "GetQueueAttributes")
 
-    monkeypatch.setattr(source._client, "get_queue_attributes", refuse)
+    monkeypatch.setattr(source._client.boto, "get_queue_attributes", refuse)
     with pytest.raises(QueueError, match="AccessDenied") as caught:
         source.check()
     assert not caught.value.retryable

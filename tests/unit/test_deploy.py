@@ -332,11 +332,11 @@ def test_the_policy_is_what_the_bridge_calls_and_on_what() -> None:
     )  # the template is for this sink and this source; README has the others
     ours = [transports / "eventbridge.py", transports / "sqs.py"]
     sources = [*ours, *(ROOT / "src/figbridge/preflight").glob("*.py")]
-    called = {name for path in sources for name in re.findall(r"client\.([a-z_]+)\b", path.read_text())}
+    called = {name for path in sources for name in re.findall(r"client\.(?:boto\.)?([a-z_]+)\b", path.read_text())}
     single = {"delete_message_batch": "delete_message", "change_message_visibility_batch": "change_message_visibility"}
     actions = {
         "".join(word.capitalize() for word in single.get(name, name).split("_"))
-        for name in called - {"close", "exceptions", "meta"}
+        for name in called - {"close", "exceptions", "expired", "meta"}
     }
     # a sink's own operation is named, not called as a method
     actions |= {

@@ -1,4 +1,4 @@
-"""One boto3 client for each transport, and what AWS's errors mean for a second try.
+"""How a boto3 client is made for a transport, and what AWS's errors mean for a second try.
 
 Invariant: botocore never tries twice by itself. A retry that `figbridge.retry` does not know of would hide from the
 metrics, would not end when the bridge is asked to stop, and would sleep inside a loop that has keepalives to answer.
@@ -101,6 +101,7 @@ _RETRYABLE: Final = frozenset({
     "TooManyRequestsException",
     "TransactionInProgressException",
 })  # fmt: skip
+_EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException"})
 _RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
 _PASSING: Final = (
     ConnectionError,
@@ -118,11 +119,20 @@ _NO_CREDENTIALS: Final = (
 )
 
 
-def client(service: str, section: AwsSection, *, validate: bool = True, connections: int = 10) -> Any:
+def session(section: AwsSection) -> boto3.Session:
+    """What reads region and credentials, each time anew. Raises BridgeError with a hint.
+
+    Not for two threads at once: https://docs.aws.amazon.com/boto3/latest/guide/session.html
+    """
+    with _opening("AWS"):
+        return boto3.Session(region_name=section.region)
+
+
+def client(
+    service: str, section: AwsSection, session: boto3.Session, *, validate: bool = True, connections: int = 10
+) -> Any:
     """A boto3 client for `service` (botocore's name: ``events``, ``sqs``), with botocore's retries off.
 
-    Each call makes a Session of its own, because sessions are not thread-safe and clients are:
-    https://docs.aws.amazon.com/boto3/latest/guide/clients.html
     `validate` False skips botocore's check of the parameters; only for a caller that did its own. `connections` is how
     many threads use it at once; with fewer each further request would open a connection and drop it.
     Raises BridgeError with a hint when there is no region, profile or credentials. Nothing is called yet.
@@ -138,10 +148,18 @@ def client(service: str, section: AwsSection, *, validate: bool = True, connecti
         # whole, and not botocore's with an addition: botocore would put its own together anew for each request, twice
         user_agent=_user_agent(),
     )
-    try:
-        session = boto3.Session(region_name=section.region)
+    with _opening(service):
         credentials = session.get_credentials()
         made = session.client(service, endpoint_url=section.endpoint_url, config=settings)  # type: ignore[call-overload]  # stubs know literal names
+    if credentials is None:
+        raise BridgeError(f"no AWS credentials for {service}", hint=_NO_CREDENTIALS)
+    return made
+
+
+@contextlib.contextmanager
+def _opening(service: str) -> Iterator[None]:
+    try:
+        yield
     except NoRegionError as error:
         raise BridgeError(
             f"no AWS region for {service}",
@@ -155,29 +173,21 @@ def client(service: str, section: AwsSection, *, validate: bool = True, connecti
         raise BridgeError(
             f"no client for {service}: {error}", hint="check region and endpoint_url of this section"
         ) from error
-    if credentials is None:
-        raise BridgeError(f"no AWS credentials for {service}", hint=_NO_CREDENTIALS)
-    return made
 
 
-def caller(client: Any, operation: str, section: AwsSection) -> "Caller":
+def caller(client: Any, operation: str, credentials: Any) -> "Caller":
     """What calls `operation` of the client's service by the AWS Common Runtime. Raises BridgeError."""
     from figbridge.transports.crt import Caller  # noqa: PLC0415 (an extra)
 
     return Caller(
         client,
         operation,
-        credentials=credentials(section),
+        credentials=credentials,
         user_agent=_user_agent(),
         connect_timeout=_CONNECT_TIMEOUT,
         read_timeout=_READ_TIMEOUT,
         authorities=botocore.session.get_session().get_config_variable("ca_bundle"),  # AWS_CA_BUNDLE, or the profile's
     )
-
-
-def credentials(section: AwsSection) -> Any:
-    """Those of botocore's chain, read anew."""
-    return boto3.Session(region_name=section.region).get_credentials()
 
 
 @contextlib.contextmanager
@@ -248,6 +258,11 @@ def classify(error: Exception) -> tuple[str, bool]:
     if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
         return name, False  # any other TLS failure may be a connection cut in its handshake
     return name, isinstance(error, _PASSING)
+
+
+def expired(code: str) -> bool:
+    """Whether an error code says that the credentials of a request have expired."""
+    return code.rpartition(".")[2] in _EXPIRED
 
 
 def retryable(code: str) -> bool:

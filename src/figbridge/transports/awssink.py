@@ -11,7 +11,6 @@ Refuses to guess who is at fault: if every entry of a request is refused for our
 it is the set-up, so the sink stops with the remedy and nothing is dead-lettered.
 """
 
-import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,16 +21,16 @@ import orjson
 from botocore import xform_name
 
 from figbridge.config import AwsSinkSection, JsonSinkSection
-from figbridge.errors import BridgeError, SinkError, SinkRefused, SinkUnavailable
+from figbridge.errors import SinkError, SinkRefused, SinkUnavailable
 from figbridge.event import Event, Rejection
 from figbridge.transports import Limits, aws
+from figbridge.transports.awsclient import Client
 
 if TYPE_CHECKING:
     from figbridge.transports.crt import Caller
 
 # Codes of an entry that are about who we are, not about the entry: the next one would fare no better.
 _FORBIDDEN: Final = ("AccessDenied", "NotAuthorized", "InvalidAccountId", "AuthorizationError", "KMS", "Kms")
-_EXPIRED: Final = ("ExpiredToken", "ExpiredTokenException")
 # What MessageGroupId and MessageDeduplicationId may hold; a partition key may hold more
 _MOST_PLAIN: Final = 128  # characters
 
@@ -70,7 +69,10 @@ class AwsSink(ABC):
         self.limits = replace(limits, in_flight=section.in_flight)
         self.resource = resource
         self._section = section
-        self._client = self._connect()
+        # botocore's own check of the parameters takes a third of the CPU of a call; `entry` says more, for less
+        self._client = Client(
+            self.service, section, validate=False, connections=self.limits.in_flight, made=self._connected
+        )
 
     @abstractmethod
     def size(self, event: Event) -> int:
@@ -185,23 +187,14 @@ class AwsSink(ABC):
             raise self._translated(error, self.action) from error
         return rejections
 
-    def _connect(self) -> Any:
-        # botocore's own check of the parameters takes a third of the CPU of a call; `entry` says more, for less
-        return aws.client(self.service, self._section, validate=False, connections=self.limits.in_flight)
+    def _connected(self, boto: Any, credentials: Any) -> None:  # noqa: B027 (nothing is to be done, as a rule)
+        """A new client is about to be used."""
 
     def _translated(self, error: Exception, action: str) -> SinkError:
         code, retryable = aws.classify(error)
         what = f"{action} on {self.resource}: {code}: {error}"
-        if code in _EXPIRED:
-            # a client keeps the credentials it was made with, if they came from the environment or a file; a new
-            # one reads them again. The old one is not closed: other threads may be waiting for its answers
-            with contextlib.suppress(BridgeError):  # somebody is writing them at this moment
-                self._client = self._connect()
-            unavailable = SinkUnavailable(
-                what, hint="renew the credentials: the file they are in is read again at each try; a role renews itself"
-            )
-            unavailable.urgent = True
-            return unavailable
+        if aws.expired(code):
+            return self._client.expired(SinkUnavailable(what))
         if retryable:
             return SinkUnavailable(what, hint="nothing is lost; the bridge tries again")
         return SinkRefused(what, hint=aws.remedy(code, action=action, resource=self.resource))
@@ -231,15 +224,13 @@ class JsonSink(AwsSink):
         if self._caller:
             self._caller.close()
 
-    def _connect(self) -> Any:
-        client = super()._connect()
-        aws.take_bodies(client, self.operation)
-        self._method = getattr(client, xform_name(self.operation))
+    def _connected(self, boto: Any, credentials: Any) -> None:
+        aws.take_bodies(boto, self.operation)
+        self._method = getattr(boto, xform_name(self.operation))
         if self._caller:  # other threads may be waiting for answers to it, so it only learns new credentials
-            self._caller.credentials = aws.credentials(self._section)
+            self._caller.credentials = credentials
         elif self._section.client == "crt":
-            self._caller = aws.caller(client, self.operation, self._section)
-        return client
+            self._caller = aws.caller(boto, self.operation, credentials)
 
 
 def body(entries: Iterable[bytes], name: str, frame: Mapping[str, str]) -> bytes:

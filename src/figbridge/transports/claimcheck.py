@@ -20,6 +20,7 @@ from figbridge.config import ClaimCheckSection
 from figbridge.errors import SinkError, SinkRefused, SinkUnavailable
 from figbridge.event import Event
 from figbridge.transports import aws
+from figbridge.transports.awsclient import Client
 
 _KEPT: Final = ("id", "op", "schema", "table", "key", "position", "committed_at", "hops")
 _KEPT_OF_DEBEZIUM: Final = ("figbridge", "op", "source", "ts_ms", "ts_us", "ts_ns", "transaction")
@@ -31,13 +32,13 @@ class ClaimChecks:
     def __init__(self, section: ClaimCheckSection) -> None:
         self._bucket = section.bucket
         self._prefix = section.prefix
-        self._client = aws.client("s3", section)
+        self._client = Client("s3", section)
 
     def check(self) -> None:
         """The bucket is there (HeadBucket). Raises SinkRefused, SinkUnavailable."""
         try:
             with aws.reading():
-                self._client.head_bucket(Bucket=self._bucket)
+                self._client.boto.head_bucket(Bucket=self._bucket)
         except aws.ERRORS as error:
             raise self._translated(error, "s3:ListBucket") from error
 
@@ -47,7 +48,7 @@ class ClaimChecks:
         name = f"{self._prefix}{event.id}.json"
         try:
             with aws.reading():
-                answer = self._client.put_object(
+                answer = self._client.boto.put_object(
                     Bucket=self._bucket, Key=name, Body=body, ContentType="application/json"
                 )
                 aws.proven(answer, "ETag")
@@ -65,6 +66,8 @@ class ClaimChecks:
         code, retryable = aws.classify(error)
         resource = f"the bucket {self._bucket}"
         what = f"{action} on {resource}: {code}: {error}"
+        if aws.expired(code):
+            return self._client.expired(SinkUnavailable(what))
         if retryable:
             return SinkUnavailable(what, hint="nothing is lost; the bridge tries again")
         # HeadBucket has no body, so its errors have no code but the status

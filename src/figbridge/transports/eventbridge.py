@@ -57,7 +57,7 @@ class EventBridgeSink(JsonSink):
 
     def look_up(self) -> None:
         """DescribeEventBus."""
-        aws.proven(self._client.describe_event_bus(Name=self._bus), "Name")
+        aws.proven(self._client.boto.describe_event_bus(Name=self._bus), "Name")
         self._looked_up = self._clock()
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:

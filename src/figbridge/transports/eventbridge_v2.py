@@ -49,7 +49,7 @@ class EventBridgeV2Sink(AwsSink):
 
     def look_up(self) -> None:
         """DescribeEventBus; a bus that is being made takes no events yet."""
-        answer = self._client.describe_event_bus(EventBusArn=self._bus)
+        answer = self._client.boto.describe_event_bus(EventBusArn=self._bus)
         state, reason = answer.get("State", "ACTIVE"), answer.get("StateReason", "")
         if state == "CREATING":
             raise SinkUnavailable(f"{self.resource} is still being created", hint="the bridge waits for it")
@@ -89,7 +89,7 @@ class EventBridgeV2Sink(AwsSink):
     def send(self, entries: list[dict[str, Any]]) -> Sequence[Refusal | None]:
         """PutEvents. FailedEntryCount may be missing, so each entry is looked at."""
         with aws.reading():
-            answer = self._client.put_events(EventBusArn=self._bus, Entries=entries)
+            answer = self._client.boto.put_events(EventBusArn=self._bus, Entries=entries)
         return in_order(answer, "Entries", "SuccessCode")
 
     def _translated(self, error: Exception, action: str) -> SinkError:

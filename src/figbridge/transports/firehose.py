@@ -40,7 +40,7 @@ class FirehoseSink(JsonSink):
 
     def look_up(self) -> None:
         """DescribeDeliveryStream; one that reads a Kinesis stream takes nothing from us."""
-        answer = self._client.describe_delivery_stream(DeliveryStreamName=self._stream)
+        answer = self._client.boto.describe_delivery_stream(DeliveryStreamName=self._stream)
         found = answer["DeliveryStreamDescription"]
         status, kind = found.get("DeliveryStreamStatus", "ACTIVE"), found.get("DeliveryStreamType", "DirectPut")
         if status == "CREATING":

@@ -48,7 +48,7 @@ class KinesisSink(JsonSink):
 
     def look_up(self) -> None:
         """DescribeStreamSummary; the largest record is a setting of the stream."""
-        found = self._client.describe_stream_summary(**self._stream)["StreamDescriptionSummary"]
+        found = self._client.boto.describe_stream_summary(**self._stream)["StreamDescriptionSummary"]
         status = found.get("StreamStatus", "ACTIVE")
         if status == "CREATING":
             raise SinkUnavailable(f"{self.resource} is still being created", hint="the bridge waits for it")

@@ -29,6 +29,7 @@ import structlog
 from figbridge.config import KinesisSourceSection
 from figbridge.errors import BridgeError, QueueError, QueueUnavailable
 from figbridge.transports import Delivery, aws, kpl
+from figbridge.transports.awsclient import Client
 from figbridge.transports.shards import Lease, Leases
 
 _log = structlog.get_logger()
@@ -71,7 +72,7 @@ class KinesisSource:
     def __init__(self, section: KinesisSourceSection, dsn: str) -> None:
         self._section = section
         self._stream = {"StreamARN" if section.stream.startswith("arn:") else "StreamName": section.stream}
-        self._client = aws.client("kinesis", section)
+        self._client = Client("kinesis", section)
         self._dsn = dsn
         self._leases: Leases | None = None
         self.kept = math.inf
@@ -206,7 +207,7 @@ class KinesisSource:
             if shard.iterator is None:
                 shard.iterator = self._iterator(shard)
             with self._asking("GetRecords"):
-                answer = self._client.get_records(ShardIterator=shard.iterator, Limit=_LIMIT)
+                answer = self._client.boto.get_records(ShardIterator=shard.iterator, Limit=_LIMIT)
                 fetched = [(it["SequenceNumber"], it["Data"]) for it in answer["Records"]]
         except _Answered as error:
             if error.code == "ExpiredIteratorException":
@@ -245,14 +246,14 @@ class KinesisSource:
         elif shard.since is not None:
             start = {"ShardIteratorType": "AT_TIMESTAMP", "Timestamp": shard.since}
         with self._asking("GetShardIterator"):
-            answer = self._client.get_shard_iterator(ShardId=shard.id, **start, **self._stream)
+            answer = self._client.boto.get_shard_iterator(ShardId=shard.id, **start, **self._stream)
             found: str = answer["ShardIterator"]
             return found
 
     def _describe(self) -> dict[str, Any]:
         try:
             with self._asking("DescribeStreamSummary"):
-                answer = self._client.describe_stream_summary(**self._stream)
+                answer = self._client.boto.describe_stream_summary(**self._stream)
                 summary: dict[str, Any] = answer["StreamDescriptionSummary"]
                 kept, status = summary.get("RetentionPeriodHours", 24) * 3600.0, summary["StreamStatus"]
         except _Answered as error:
@@ -269,7 +270,7 @@ class KinesisSource:
         while parameters:
             try:
                 with self._asking("ListShards"):
-                    answer = self._client.list_shards(**parameters)
+                    answer = self._client.boto.list_shards(**parameters)
                     for it in answer["Shards"]:
                         parents = [it.get("ParentShardId"), it.get("AdjacentParentShardId")]
                         shards[it["ShardId"]] = [parent for parent in parents if parent]
@@ -292,6 +293,9 @@ class KinesisSource:
             code, retryable = aws.classify(error)
             if code in _TOO_FAST or code in {"ExpiredIteratorException", "ResourceNotFoundException"}:
                 raise _Answered(code, str(error)) from error
+            if aws.expired(code):
+                what = f"the stream {self._section.stream} refused {action}: {error}"
+                raise self._client.expired(QueueUnavailable(what)) from error
             if retryable:
                 raise QueueUnavailable(
                     f"the stream {self._section.stream} did not answer to {action}: {error}",

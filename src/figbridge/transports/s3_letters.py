@@ -18,6 +18,7 @@ from figbridge.config import S3DeadLetters
 from figbridge.deadletter import DeadLetter, Kept, Unreadable, Wanted, dump, parse
 from figbridge.errors import BridgeError, SinkError, SinkRefused, SinkUnavailable
 from figbridge.transports import aws
+from figbridge.transports.awsclient import Client
 
 _DELETED_AT_ONCE: Final = 1000  # https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 _PAGE: Final = 1000  # names listed at once; no more are possible
@@ -31,14 +32,14 @@ class S3DeadLetterStore:
 
     def __init__(self, section: S3DeadLetters) -> None:
         self._bucket, self._prefix = section.bucket, section.prefix
-        self._client = aws.client("s3", section)
+        self._client = Client("s3", section)
         self.name = f"s3://{section.bucket}/{section.prefix}"
 
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`. Raises SinkUnavailable, SinkRefused."""
         for letter in letters:
             with self._asking("PutObject"):
-                answer = self._client.put_object(
+                answer = self._client.boto.put_object(
                     Bucket=self._bucket, Key=self._key(letter), Body=dump(letter), ContentType=_JSON
                 )
                 aws.proven(answer, "ETag")
@@ -50,10 +51,10 @@ class S3DeadLetterStore:
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html
         """
         with self._asking("ListBucket"):
-            self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+            self._client.boto.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
         try:
             with aws.reading():
-                self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}check", Body=b"", IfMatch='"0"')
+                self._client.boto.put_object(Bucket=self._bucket, Key=f"{self._prefix}check", Body=b"", IfMatch='"0"')
         except aws.ERRORS as error:
             if aws.classify(error)[0] not in {*_GONE, "PreconditionFailed"}:
                 raise self._translated(error, "PutObject") from error
@@ -70,7 +71,9 @@ class S3DeadLetterStore:
         for begin in range(0, len(kept), _DELETED_AT_ONCE):
             objects = [{"Key": it.place} for it in kept[begin : begin + _DELETED_AT_ONCE]]
             with self._asking("DeleteObject"):
-                answer = self._client.delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+                answer = self._client.boto.delete_objects(
+                    Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
+                )
                 errors = [(it.get("Code", "Unknown"), it.get("Message", "")) for it in answer.get("Errors", ())]
             for code, message in errors:
                 if not aws.retryable(code):
@@ -92,7 +95,7 @@ class S3DeadLetterStore:
         more: dict[str, Any] = {"MaxKeys": _PAGE}
         while True:
             with self._asking("ListBucket"):
-                page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, **more)
+                page = self._client.boto.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, **more)
                 found = [(it["Key"], it["LastModified"]) for it in page.get("Contents", ())]
                 token = page["NextContinuationToken"] if page.get("IsTruncated") else None
             for key, modified in found:
@@ -106,7 +109,7 @@ class S3DeadLetterStore:
         for key in keys:
             try:
                 with self._asking("GetObject"):
-                    text = self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+                    text = self._client.boto.get_object(Bucket=self._bucket, Key=key)["Body"].read()
                 letter = parse(text)
             except _Gone:  # somebody removed it meanwhile
                 continue
@@ -131,6 +134,8 @@ class S3DeadLetterStore:
     def _translated(self, error: Exception, action: str) -> SinkError:
         code, retryable = aws.classify(error)
         what = f"s3:{action} on {self.name}: {code}: {error}"
+        if aws.expired(code):
+            return self._client.expired(SinkUnavailable(what))
         if retryable:
             return SinkUnavailable(what, hint=_AGAIN)
         return SinkRefused(what, hint=aws.remedy(code, action=f"s3:{action}", resource=f"the bucket {self._bucket}"))

@@ -42,7 +42,7 @@ class SnsSink(AwsSink):
 
     def look_up(self) -> None:
         """GetTopicAttributes; the largest request is a setting of the topic."""
-        attributes = self._client.get_topic_attributes(TopicArn=self._topic).get("Attributes", {})
+        attributes = self._client.boto.get_topic_attributes(TopicArn=self._topic).get("Attributes", {})
         most = int(attributes.get("MaximumMessageSize", _MOST_BYTES))
         self.limits = replace(self.limits, entry_bytes=most, batch_bytes=most)
 
@@ -53,5 +53,5 @@ class SnsSink(AwsSink):
     def send(self, entries: list[dict[str, Any]]) -> Sequence[Refusal | None]:
         """PublishBatch."""
         with aws.reading():
-            answer = self._client.publish_batch(TopicArn=self._topic, PublishBatchRequestEntries=entries)
+            answer = self._client.boto.publish_batch(TopicArn=self._topic, PublishBatchRequestEntries=entries)
         return by_id(answer, [it["Id"] for it in entries])

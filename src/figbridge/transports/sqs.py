@@ -27,6 +27,7 @@ import structlog
 from figbridge.config import SqsSourceSection
 from figbridge.errors import QueueError, QueueUnavailable
 from figbridge.transports import Delivery, aws
+from figbridge.transports.awsclient import Client
 from figbridge.transports.visibility import LONGEST, Heartbeat, Held
 
 _log = structlog.get_logger()
@@ -51,19 +52,19 @@ class SqsSource:
         self._url = section.queue_url
         self.queue = section.queue_url.rstrip("/").rpartition("/")[2]
         self._visibility_timeout = section.visibility_timeout
-        self._client = aws.client("sqs", section)
+        self._client = Client("sqs", section)
         self._heartbeat = Heartbeat(section.visibility_timeout, self._extend)
 
     def check(self) -> None:
         """See `Source.check`."""
         with self._asking("GetQueueAttributes"):
-            self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=["QueueArn"])
+            self._client.boto.get_queue_attributes(QueueUrl=self._url, AttributeNames=["QueueArn"])
 
     def receive(self, *, wait: float) -> Sequence["SqsDelivery"]:
         """See `Source.receive`; `wait` is rounded up to seconds, and at most 20 of them."""
         waited = min(_LONGEST_POLL, math.ceil(wait))
         with self._asking("ReceiveMessage"):
-            answer = self._client.receive_message(
+            answer = self._client.boto.receive_message(
                 QueueUrl=self._url,
                 MaxNumberOfMessages=_BATCH,
                 WaitTimeSeconds=waited,
@@ -79,7 +80,7 @@ class SqsSource:
     def delete(self, receipt: str) -> None:
         """Remove a message. Raises QueueUnavailable or QueueError."""
         self._heartbeat.let_go([receipt])
-        self._settle("DeleteMessage", self._client.delete_message, ReceiptHandle=receipt)
+        self._settle("DeleteMessage", self._client.boto.delete_message, ReceiptHandle=receipt)
 
     def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
         """See `Source.acknowledge`; ten a request. A receipt that has expired is not an error, as in `delete`."""
@@ -89,7 +90,7 @@ class SqsSource:
             part = receipts[begin : begin + _BATCH]
             entries = [{"Id": str(number), "ReceiptHandle": receipt} for number, receipt in enumerate(part)]
             with self._asking("DeleteMessageBatch"):
-                answer = self._client.delete_message_batch(QueueUrl=self._url, Entries=entries)
+                answer = self._client.boto.delete_message_batch(QueueUrl=self._url, Entries=entries)
                 failed = [part[int(it["Id"])] for it in answer.get("Failed", [])]
             for receipt in failed:
                 self.delete(receipt)  # alone, so that its own error says what is wrong
@@ -99,7 +100,7 @@ class SqsSource:
         self._heartbeat.let_go([receipt])
         self._settle(
             "ChangeMessageVisibility",
-            self._client.change_message_visibility,
+            self._client.boto.change_message_visibility,
             ReceiptHandle=receipt,
             VisibilityTimeout=seconds,
         )
@@ -116,7 +117,7 @@ class SqsSource:
             for number, receipt in enumerate(receipts)
         ]
         with self._asking("ChangeMessageVisibilityBatch"):
-            answer = self._client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
+            answer = self._client.boto.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
             return [receipts[int(it["Id"])] for it in answer.get("Failed", []) if it.get("SenderFault", True)]
 
     def _settle(self, action: str, call: Any, **parameters: Any) -> None:
@@ -141,6 +142,9 @@ class SqsSource:
             code, retryable = aws.classify(error)
             if code in _EXPIRED and action in _OF_A_RECEIPT:
                 raise _ReceiptExpired(code) from error
+            if aws.expired(code):
+                what = f"the queue {self._url} refused {action}: {error}"
+                raise self._client.expired(QueueUnavailable(what)) from error
             if retryable:
                 raise QueueUnavailable(
                     f"the queue {self._url} did not answer to {action}: {error}",

@@ -23,6 +23,7 @@ from figbridge.config import SqsDeadLetters
 from figbridge.deadletter import DeadLetter, Kept, Unreadable, Wanted, dump, parse
 from figbridge.errors import BridgeError, SinkError, SinkRefused, SinkUnavailable
 from figbridge.transports import aws
+from figbridge.transports.awsclient import Client
 from figbridge.transports.awssink import xml_safe
 
 _LARGEST: Final = 1_048_576  # bytes of a message, and of a request
@@ -44,12 +45,11 @@ class SqsDeadLetterStore:
 
     def __init__(self, section: SqsDeadLetters) -> None:
         self._url, self._bucket, self._prefix = section.queue_url, section.bucket, section.prefix
-        self._client = aws.client("sqs", section)
-        self._s3 = aws.client("s3", section) if section.bucket else None
+        self._client = Client("sqs", section)
+        self._s3 = Client("s3", section) if section.bucket else None
         self._most: int | None = None
         self._held: dict[str, _Place] = {}  # by message; what `scan` has to give back
         self.name = section.queue_url
-        self._s3_name = f"the bucket {section.bucket}"
 
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`; a request each, for letters are rare and may be large. Raises as `check`."""
@@ -58,8 +58,8 @@ class SqsDeadLetterStore:
             if self._url.endswith(".fifo"):  # no order among letters, so that none holds up the ones behind it
                 parameters = {"MessageGroupId": letter.id, "MessageDeduplicationId": letter.id}
             text = self._message(letter)
-            with self._asking("sqs:SendMessage", self.name):
-                answer = self._client.send_message(QueueUrl=self._url, MessageBody=text, **parameters)
+            with self._asking("sqs:SendMessage"):
+                answer = self._client.boto.send_message(QueueUrl=self._url, MessageBody=text, **parameters)
                 aws.proven(answer, "MessageId")
 
     def check(self) -> None:
@@ -69,8 +69,8 @@ class SqsDeadLetterStore:
         """
         self._look_up()
         if self._s3:
-            with self._asking("s3:ListBucket", self._s3_name):
-                self._s3.head_bucket(Bucket=self._bucket)
+            with self._asking("s3:ListBucket"):
+                self._s3.boto.head_bucket(Bucket=self._bucket)
 
     def scan(self, wanted: Wanted) -> Generator[Kept, None, None]:
         """See `DeadLetterStore.scan`: in no order.
@@ -101,8 +101,8 @@ class SqsDeadLetterStore:
         """See `DeadLetterStore.remove`. Raises SinkUnavailable, SinkRefused."""
         for it in kept:
             place: _Place = it.place
-            with self._asking("sqs:DeleteMessage", self.name):
-                self._client.delete_message(QueueUrl=self._url, ReceiptHandle=place.receipt)
+            with self._asking("sqs:DeleteMessage"):
+                self._client.boto.delete_message(QueueUrl=self._url, ReceiptHandle=place.receipt)
             self._held.pop(place.message, None)
 
     def close(self) -> None:
@@ -123,8 +123,8 @@ class SqsDeadLetterStore:
                 "letters in S3 or in a table",
             )
         name = f"{self._prefix}{letter.id}.body"
-        with self._asking("s3:PutObject", self._s3_name):
-            answer = self._s3.put_object(Bucket=self._bucket, Key=name, Body=letter.body)
+        with self._asking("s3:PutObject"):
+            answer = self._s3.boto.put_object(Bucket=self._bucket, Key=name, Body=letter.body)
             aws.proven(answer, "ETag")
         digest = hashlib.sha256(letter.body).hexdigest()
         where = {"bucket": self._bucket, "key": name, "bytes": len(letter.body), "sha256": digest}
@@ -142,8 +142,8 @@ class SqsDeadLetterStore:
                         hint="name that bucket in the section of the dead letters",
                     )
                 key = where["key"]
-                with self._asking("s3:GetObject", self._s3_name):
-                    body = self._s3.get_object(Bucket=self._bucket, Key=key)["Body"].read()
+                with self._asking("s3:GetObject"):
+                    body = self._s3.boto.get_object(Bucket=self._bucket, Key=key)["Body"].read()
             return parse(text, body)
         except (ValueError, AttributeError, KeyError, TypeError, Unreadable) as error:
             raise BridgeError(
@@ -152,8 +152,8 @@ class SqsDeadLetterStore:
             ) from error
 
     def _receive(self) -> list[dict[str, Any]]:
-        with self._asking("sqs:ReceiveMessage", self.name):
-            answer = self._client.receive_message(
+        with self._asking("sqs:ReceiveMessage"):
+            answer = self._client.boto.receive_message(
                 QueueUrl=self._url, MaxNumberOfMessages=_BATCH, VisibilityTimeout=_HIDDEN, WaitTimeSeconds=_WAIT
             )
             return [{name: it[name] for name in _READ} for it in answer.get("Messages", ())]
@@ -167,31 +167,34 @@ class SqsDeadLetterStore:
                 for number, place in enumerate(places[begin : begin + _BATCH])
             ]
             with contextlib.suppress(*aws.ERRORS), aws.reading():  # then it is visible by itself after `_HIDDEN`
-                self._client.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
+                self._client.boto.change_message_visibility_batch(QueueUrl=self._url, Entries=entries)
 
     def _look_up(self) -> int:
         names = ["MaximumMessageSize"]
-        with self._asking("sqs:GetQueueAttributes", self.name):
-            answer = self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
+        with self._asking("sqs:GetQueueAttributes"):
+            answer = self._client.boto.get_queue_attributes(QueueUrl=self._url, AttributeNames=names)
             most = min(_LARGEST, int(answer.get("Attributes", {}).get("MaximumMessageSize", _LARGEST)))
         self._most = most
         return most
 
     @contextlib.contextmanager
-    def _asking(self, action: str, resource: str) -> Iterator[None]:
+    def _asking(self, action: str) -> Iterator[None]:
         """Around a call and the reading of its answer. Raises SinkUnavailable, SinkRefused."""
         try:
             with aws.reading():
                 yield
         except aws.ERRORS as error:
-            raise _translated(error, action, resource) from error
+            raise self._translated(error, action) from error
 
-
-def _translated(error: Exception, action: str, resource: str) -> SinkError:
-    code, retryable = aws.classify(error)
-    what = f"{action} on {resource}: {code}: {error}"
-    if retryable:
-        return SinkUnavailable(what, hint=_AGAIN)
-    # HeadBucket has no body, so its errors have no code but the status
-    code = {"404": "NoSuchBucket", "403": "AccessDenied"}.get(code, code).rpartition(".")[2]
-    return SinkRefused(what, hint=aws.remedy(code, action=action, resource=resource))
+    def _translated(self, error: Exception, action: str) -> SinkError:
+        code, retryable = aws.classify(error)
+        in_s3 = self._s3 if action.startswith("s3:") else None
+        resource = f"the bucket {self._bucket}" if in_s3 else self.name
+        what = f"{action} on {resource}: {code}: {error}"
+        if aws.expired(code):
+            return (in_s3 or self._client).expired(SinkUnavailable(what))
+        if retryable:
+            return SinkUnavailable(what, hint=_AGAIN)
+        # HeadBucket has no body, so its errors have no code but the status
+        code = {"404": "NoSuchBucket", "403": "AccessDenied"}.get(code, code).rpartition(".")[2]
+        return SinkRefused(what, hint=aws.remedy(code, action=action, resource=resource))

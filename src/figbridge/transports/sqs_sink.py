@@ -47,7 +47,7 @@ class SqsSink(JsonSink):
 
     def look_up(self) -> None:
         """GetQueueAttributes; the largest message is a setting of the queue."""
-        answer = self._client.get_queue_attributes(QueueUrl=self._url, AttributeNames=["MaximumMessageSize"])
+        answer = self._client.boto.get_queue_attributes(QueueUrl=self._url, AttributeNames=["MaximumMessageSize"])
         most = int(answer.get("Attributes", {}).get("MaximumMessageSize", _MOST_BYTES))
         self.limits = replace(self.limits, entry_bytes=most)
 
