@@ -54,9 +54,11 @@ class Kept:
 class Letters:
     def __init__(self) -> None:
         self.ids: list[str | None] = []
+        self.keys: list[tuple[str | None, str | None]] = []
 
     def add(self, letters: Sequence[DeadLetter]) -> None:
         self.ids += [it.event_id for it in letters]
+        self.keys += [(it.event_id, it.key) for it in letters]
 
     def close(self) -> None:
         pass
@@ -159,6 +161,23 @@ def test_of_a_pack_that_is_refused_for_ever_only_the_change_at_fault_is_a_dead_l
     assert letters.ids == [events[4].id]
     assert [id_ for it in sink.taken for id_ in unpacked(it)] == [it.id for it in events if it != events[4]]
     assert metrics.registry.get_sample_value("figbridge_forward_published_total", {"sink": "kept"}) == 8
+    publisher.close()
+
+
+@pytest.mark.parametrize("partial", [True, False])
+def test_what_was_in_a_pack_stays_in_its_group_and_its_letter_has_its_own_key(*, partial: bool) -> None:
+    """In another group a consumer could see it after what follows; and a redrive goes by the letter's key."""
+    made = [event(n, key="ABC"[n % 3])._replace(id=f"7-A-{n:08X}", detail=b'{"id":"7-A-%08X"}' % n) for n in range(4)]
+    large = event(4, key="D")._replace(id="7-B-00000000", detail=b'{"x":"%b"}' % (b"x" * (1 << 20)))
+    alone = event(5, key="A")._replace(id="7-C-00000000")
+    sink = Kept(replace(LIMITS, ordered=True, partial=partial), bad=[made[1].id, alone.id])
+    letters = Letters()
+    publisher = Publisher(sink, letters, Metrics(), threading.Event(), packing=Packing("transaction", sink, 65_536))
+
+    publisher.publish([*made, large, alone])
+
+    assert [(it.id, it.key) for it in sink.taken] == [(it.id, GROUP) for it in made if it != made[1]]
+    assert sorted(letters.keys) == sorted([(made[1].id, "B"), (large.id, "D"), (alone.id, "A")])
     publisher.close()
 
 

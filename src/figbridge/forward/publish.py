@@ -21,7 +21,7 @@ import structlog
 
 from figbridge.deadletter import DeadLetter, DeadLetters
 from figbridge.delivery.flight import EntriesRefused, Flight, Tally
-from figbridge.delivery.pack import Packing, Packs
+from figbridge.delivery.pack import GROUP, Packing, Packs
 from figbridge.errors import SinkRefused
 from figbridge.event import Event, Lines, Rejection
 from figbridge.forward.buffer import Batch, Buffer
@@ -175,7 +175,7 @@ class Publisher:
                 self._metrics.deposited.inc()
                 return smaller
         what = f"{size} bytes, and the sink takes {self._sink.limits.entry_bytes}"
-        self.bury([Rejection(event, "EntryTooLarge", what, retryable=False)], attempts=0)
+        self.bury([Rejection(it, "EntryTooLarge", what, retryable=False) for it in self._members(event)], attempts=0)
         return None
 
     def _members(self, event: Event) -> Sequence[Event]:
@@ -186,14 +186,15 @@ class Publisher:
         for rejection in rejections:
             members = self._members(rejection.event)
             if len(members) > 1:
-                self._take_apart(members)
+                self._take_apart(rejection.event, members)
             else:
                 self.bury([replace(rejection, event=members[0])], attempts=attempts)
 
-    def _take_apart(self, members: Sequence[Event]) -> None:
+    def _take_apart(self, entry: Event, members: Sequence[Event]) -> None:
         """Send what was in a pack that was refused for ever one by one: as a rule one change alone is to blame.
 
-        No other event of their keys is out meanwhile, because the pack is not settled yet.
+        No other event of their keys is out meanwhile, because the pack is not settled yet. They stay in the pack's
+        group, or a consumer could see what follows there before them.
         """
         for member in members:
             attempts = 0
@@ -201,12 +202,13 @@ class Publisher:
             def attempt(member: Event = member) -> None:
                 nonlocal attempts
                 attempts += 1
-                rejections = self._sink.publish([member])
+                sent = member._replace(key=GROUP) if entry.key == GROUP else member
+                rejections = self._sink.publish([sent])
                 for it in rejections:
                     self._metrics.rejected.labels(self._sink.name, it.code).inc()
                     if it.retryable:
                         raise EntriesRefused(f"an entry was refused for now: {it.code}")
-                    self.bury([it], attempts=attempts)
+                    self.bury([replace(it, event=member)], attempts=attempts)
                 self._published.inc(1 - len(rejections))
 
             persist(attempt, what=f"publish to {self._sink.name}", stop=self._halt)
