@@ -4,6 +4,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import boto3
 import pytest
+from structlog.testing import capture_logs
 
 from conformance.events import WHEN, event
 from conformance.sink_suite import SinkFeatures, SinkHarness, SinkSuite
@@ -352,8 +354,31 @@ def test_a_look_that_fails_for_another_reason_does_not_stop_publishing(
     assert len(fake.puts) == 1
 
     fake.buses.clear()
-    with pytest.raises(SinkRefused):  # asked again the next time, not in a minute
+    clock.now += 10
+    with pytest.raises(SinkRefused):  # asked again soon, not in a minute
         sink.publish([event(2)])
+
+
+def test_a_look_that_is_throttled_is_not_repeated_with_each_request(
+    fake: FakeEventBridge, sink: EventBridgeSink, clock: Clock
+) -> None:
+    """DescribeEventBus has a small quota, and many threads publish."""
+    fake.requests.clear()
+    fake.describe.extend([error(400, "ThrottlingException")] * 1000)
+    with capture_logs() as logs, ThreadPoolExecutor(8) as threads:
+        for moment in (61, 71):
+            clock.now = moment
+            assert not any(threads.map(lambda n: sink.publish([event(n)]), range(50)))
+    asked = [operation for operation, _ in fake.requests if operation == "DescribeEventBus"]
+    assert len(asked) == 2
+    assert len(logs) == 1
+    assert len(fake.puts) == 100
+
+    fake.describe.clear()
+    for moment in (81, 140):
+        clock.now = moment
+        sink.publish([event(1)])
+    assert len([operation for operation, _ in fake.requests if operation == "DescribeEventBus"]) == 3
 
 
 def test_a_bus_may_be_named_by_its_arn(fake: FakeEventBridge) -> None:

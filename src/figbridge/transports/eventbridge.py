@@ -6,27 +6,27 @@ Refuses to publish to a bus that it did not look up: PutEvents answers for an un
 and the events are gone. So the bus is looked up before the first event and again every minute.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import orjson
-import structlog
 
 from figbridge.config import EventBridgeSinkSection
 from figbridge.errors import SinkRefused, SinkUnavailable
 from figbridge.event import Event, Rejection
+from figbridge.retry import Backoff
 from figbridge.transports import Limits, aws
 from figbridge.transports.awssink import JsonSink, Refusal, Unfit, in_order
-
-_log = structlog.get_logger()
 
 # "The total entry size must be less than 1MB", all entries of a request together (256 KB until January 2026).
 _MOST_BYTES = 1024 * 1024 - 1
 _LIMITS: Final = Limits(entries=10, entry_bytes=_MOST_BYTES, batch_bytes=_MOST_BYTES, partial=True, ordered=False)
 _TIME_BYTES = 14  # what the time counts for, however it is written
 _MOST_DETAIL_TYPE = 128  # characters
-_LOOK_UP_EVERY = 60.0  # seconds; the most that a bus deleted behind our back can swallow
+_LOOK_UP_EVERY = 60.0  # seconds; the most that a bus deleted behind our back can swallow, where looking up works
+_ASK_AGAIN = 10.0  # seconds, or less, after a look that failed
 
 
 class EventBridgeSink(JsonSink):
@@ -46,6 +46,9 @@ class EventBridgeSink(JsonSink):
         self._trace = section.trace_header
         self._clock = clock
         self._looked_up: float | None = None
+        self._asks_again = 0.0
+        self._asking = threading.Lock()
+        self._backoff, self._failed = Backoff(f"look up the event bus {section.bus} again", longest=_ASK_AGAIN), 0
 
     def size(self, event: Event) -> int:
         """Bytes of the entry by AWS's formula.
@@ -58,7 +61,7 @@ class EventBridgeSink(JsonSink):
     def look_up(self) -> None:
         """DescribeEventBus."""
         aws.proven(self._client.boto.describe_event_bus(Name=self._bus), "Name")
-        self._looked_up = self._clock()
+        self._looked_up, self._failed = self._clock(), 0
 
     def publish(self, events: Sequence[Event]) -> Sequence[Rejection]:
         """See `AwsSink.publish`."""
@@ -111,19 +114,29 @@ class EventBridgeSink(JsonSink):
         return "EntryTooLarge" if code == "ValidationException" and "size" in message else None
 
     def _look_up_again(self) -> None:
-        if self._looked_up is not None and self._clock() - self._looked_up < _LOOK_UP_EVERY:
-            return
+        if self._looked_up is None:
+            self.check()
+        elif self._is_due(self._looked_up) and self._asking.acquire(blocking=False):  # one thread; the others go on
+            try:
+                if self._is_due(self._looked_up):  # and not by somebody else just now
+                    self._ask_again(self._looked_up)
+            finally:
+                self._asking.release()
+
+    def _is_due(self, looked_up: float) -> bool:
+        return self._clock() >= max(looked_up + _LOOK_UP_EVERY, self._asks_again)
+
+    def _ask_again(self, looked_up: float) -> None:
         try:
             self.check()
         except SinkUnavailable as error:
-            if self._looked_up is None:
-                raise
-            # the bus was there a minute ago, and DescribeEventBus has a small quota of its own: ask next time
-            _log.warning("could not look the bus up again", bus=self._bus, error=str(error))
+            # the bus was there a minute ago, and DescribeEventBus has a small quota of its own
+            self._failed += 1
+            self._asks_again = self._clock() + self._backoff.seconds(error, self._failed)
         except SinkRefused as error:
-            if self._looked_up is not None and "NotFound" in str(error):
+            if "NotFound" in str(error):
                 error.hint = (
-                    f"{self._bus} was there {self._clock() - self._looked_up:.0f} s ago; what was published since may "
+                    f"{self._bus} was there {self._clock() - looked_up:.0f} s ago; what was published since may "
                     "be lost. Create it again, with its rules, and compare the tables with their consumers"
                 )
             raise
