@@ -72,6 +72,7 @@ class Metrics:
         self.contract_broken = self._counter(
             "forward_contract_broken", "Events that were set aside because they break their contract.", "contract"
         )
+        self.set_aside = self._counter("forward_quarantined", "Events that are durable in quarantine.", "sink")
         self.filtered = self._counter(
             "forward_filtered", "Changes of rows for which forward.select.where does not hold: not published.", "table"
         )

@@ -31,6 +31,8 @@ def test_events_that_break_their_contract_are_in_quarantine(database: Database, 
         broken = 'figbridge_forward_contract_broken_total{contract="inserted.json"}'
         assert bridge.metric(broken) == 3
         running.until_delivered()
+        assert bridge.metric('figbridge_forward_published_total{sink="file"}') == 7
+        assert bridge.metric('figbridge_forward_quarantined_total{sink="file"}') == 3
         assert bridge.terminate() == 0
 
     assert [it["detail"]["key"]["id"] for it in events] == [3, 4, 5, 6, 7, 8, 9]

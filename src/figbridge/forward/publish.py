@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import Final
 
 import structlog
+from prometheus_client import Counter
 
 from figbridge.deadletter import DeadLetter, DeadLetters
 from figbridge.delivery.flight import EntriesRefused, Flight, Tally
@@ -46,6 +47,7 @@ class Publisher:
     """Publishes for one thread. `halt` ends all retrying: Stopped is raised then, and nothing is acknowledged.
 
     `kind` is the format: events of other formats become events of that one. `packing` puts several into one entry.
+    `counter`, by sink, counts what is durable; by default the series of what is published.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Publisher:
         *,
         kind: type[Event] = Event,
         packing: Packing | None = None,
+        counter: Counter | None = None,
     ) -> None:
         self._sink = sink
         self._deposit = deposit
@@ -67,11 +70,12 @@ class Publisher:
         self._kind = kind
         self._packing = packing
         self._packs: Packs = {}
-        self._published = metrics.published.labels(sink.name)
+        durable = counter or metrics.published
+        self._published = durable.labels(sink.name)
         self._checked = False
         self._flight: Flight | None = None
         if sink.limits.partial or sink.limits.in_flight > 1:
-            tally = Tally(metrics.published, metrics.rejected, metrics.window)
+            tally = Tally(durable, metrics.rejected, metrics.window)
             self._flight = Flight(sink, tally, halt, bury=self._bury_refused, shrink=self._shrink)
 
     def publish(self, events: Sequence[Event]) -> None:

@@ -235,7 +235,7 @@ def _standard(  # noqa: PLR0917 (what it is made of)
     contracts = Contracts.load(section.path, "forward.contracts.path")
     aside = None
     if quarantine:
-        aside = Publisher(quarantine, dead_letters, metrics, halt)
+        aside = Publisher(quarantine, dead_letters, metrics, halt, counter=metrics.set_aside)
         stack.callback(aside.close)
     bury = partial(publisher.bury, attempts=0)
     return Standard(section, contracts, metrics, bury=bury, quarantine=aside.publish if aside else None)
