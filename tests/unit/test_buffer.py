@@ -178,6 +178,21 @@ def test_tables_take_turns(buffer: Buffer) -> None:
     assert taken(buffer) == [[1, 2], [11, 12], [3, 4], [13, 14]]
 
 
+def test_what_is_taken_at_once_is_bounded_by_bytes_too() -> None:
+    """Each byte of a call is in memory several times over while it is on its way."""
+    buffer = Buffer(1 << 20, Metrics())
+    for size in (10, 10, 10, 1000, 10):
+        batch = stream(event(1))
+        batch.size = size
+        buffer.put(batch)
+    buffer.close()
+
+    turns = []
+    while batches := buffer.take(100, 2, 25):
+        turns.append([it.size for it in batches])
+    assert turns == [[10, 10], [10], [1000], [10]]
+
+
 def test_reads_do_not_fill_the_buffer_and_are_counted(buffer: Buffer, metrics: Metrics) -> None:
     def bytes_() -> float | None:
         return metrics.registry.get_sample_value("figbridge_forward_buffered_bytes")

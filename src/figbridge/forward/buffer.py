@@ -10,6 +10,7 @@ where a read cannot undo it: the rows that it is about do not leave as reads any
 with an event that does not say all of its row (`Batch.partial`) waits until all reads of its table have left.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -87,33 +88,35 @@ class Buffer:
             self._read_bytes += reads.size
             self._condition.notify()
 
-    def take(self, most: int, rows: int = 500) -> list[Batch]:
-        """The oldest batches, at least one, of about `most` events together, or a slice of about `rows` rows.
+    def take(self, most: int, rows: int = 500, size: float = math.inf) -> list[Batch]:
+        """The oldest batches, or a slice of about `rows` rows.
 
-        Waits for the first. Empty once the buffer is closed and drained.
+        Of batches at least one, and together about `most` events and `size` bytes. Waits for the first. Empty once the
+        buffer is closed and drained.
         """
         overtaken: list[tuple[Reads, Batch]] = []
         with self._condition:
             self._condition.wait_for(lambda: self._batches or self._reads or self._closed)
             reads = self._due()
-            taken = [] if reads else self._oldest(most, overtaken)
+            taken = [] if reads else self._oldest(most, size, overtaken)
             self._taken_at = time.monotonic()
         # what follows looks at each row, which the writer must not wait for; no other thread does it
         for late, batch in overtaken:
             late.overtaken(batch.events)
         return [self._slice(reads, rows)] if reads else taken
 
-    def _oldest(self, most: int, overtaken: list[tuple[Reads, Batch]]) -> list[Batch]:
+    def _oldest(self, most: int, size: float, overtaken: list[tuple[Reads, Batch]]) -> list[Batch]:
         taken: list[Batch] = []
         count = 0
         while self._batches and not (taken and self._blocking(self._batches[0])):
-            if taken and count + len(self._batches[0].events) > most:
+            if taken and (count + len(self._batches[0].events) > most or self._batches[0].size > size):
                 break
             batch = self._batches.popleft()
             overtaken += [(reads, batch) for reads in self._reads if self._taken >= reads.behind]
             self._taken += 1
             taken.append(batch)
             count += len(batch.events)
+            size -= batch.size
         return taken
 
     def _due(self) -> Reads | None:

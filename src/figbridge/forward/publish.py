@@ -39,6 +39,9 @@ from figbridge.transports import Deposit, Sink
 _log = structlog.get_logger()
 
 _GROUP: Final = 5000  # events
+# Of a call, which holds each event several times over: as it is, in a pack, in the text of a request, and in its copies
+# on the way out. As many small events as a group may have take less.
+_BYTES: Final = 20 << 20
 _SLICE: Final = 500  # rows of a snapshot
 _PACKED: Final = 4  # times as many where they are packed: there are fewer entries of them
 
@@ -268,7 +271,7 @@ class Publish:
     def run(self, _stop: threading.Event) -> None:
         """Until the capture loop has closed the buffer and it is empty: a soft stop drains."""
         try:
-            while batches := self._buffer.take(self._publisher.group, self._rows()):
+            while batches := self._buffer.take(self._publisher.group, self._rows(), _BYTES):
                 for refused, group in groupby(batches, lambda batch: bool(batch.refused)):
                     self._deliver(list(group), refused=refused)
         finally:
