@@ -176,10 +176,11 @@ def _apply(
     if first is None:
         return
     require_free(config)
+    kept = section.model_copy(update={"unmapped": "dead-letter"})  # "ignored" would remove the letter for good
     yield from reverse.redrive(
         _with(first, letters),
         store,
-        lambda source: open_consumer(config, section, source, source, Metrics()),
+        lambda source: open_consumer(config, kept, source, source, Metrics()),
         threading.Event(),
     )
 

@@ -22,7 +22,7 @@ from figbridge.event import Rejection
 from fixtures.checked import config_of, inspected
 from fixtures.clock import until
 from fixtures.postgres import Database
-from fixtures.reverse import body, count, make_shop
+from fixtures.reverse import body, count, make_shop, orders
 
 MAPPING = """
     - match: {source: shop.next, detail-type: order}
@@ -373,6 +373,23 @@ def test_what_can_still_not_be_applied_stays_and_the_others_go(shop: Database, t
 
     assert results == {"e-1": None, "e-2": "22P02", "e-3": None, "e-4": "malformed"}
     assert [it for it, _ in letters(shop)] == ["e-2", "e-4"]
+
+
+def test_a_letter_without_a_mapping_stays_whatever_becomes_of_strangers_in_the_queue(
+    shop: Database, tmp_path: Path
+) -> None:
+    command = Command(shop, tmp_path)
+    before = command.config.read_text()
+    command.config.write_text(before.replace("detail-type: order", "detail-type: order.placed"))
+    TableDeadLetterStore(shop.dsn).add([unapplied(1)])
+
+    (result,) = command.json("redrive", "--all", status=1)
+
+    assert (result["redriven"], result["reason"]) == (False, "unmapped")
+    assert [it for it, _ in letters(shop)] == ["e-1"]
+    command.config.write_text(before)
+    assert [it["redriven"] for it in command.json("redrive", "--all")] == [True]
+    assert orders(shop) == [(1, "paid")]
 
 
 def test_what_waits_for_its_parent_leaves_the_letters_for_the_park(shop: Database, tmp_path: Path) -> None:

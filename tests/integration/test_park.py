@@ -55,11 +55,13 @@ SECTIONS: list[dict[str, Any]] = [
 class Bridge:
     """A consumer in a thread, and the bus before it."""
 
-    def __init__(self, database: Database, bus: Path, park_timeout: float = 60) -> None:
+    def __init__(
+        self, database: Database, bus: Path, park_timeout: float = 60, sections: list[dict[str, Any]] = SECTIONS
+    ) -> None:
         self.metrics, self._stop = Metrics(), threading.Event()
         self._bus = LocalSink(bus)
         applier = Applier(database.dsn, statement_timeout=5, lock_timeout=0.2)
-        mappings = Mappings([MappingSection.model_validate(it) for it in SECTIONS])
+        mappings = Mappings([MappingSection.model_validate(it) for it in sections])
         self.drift = Drift(applier.connection, mappings, self.metrics)
         consumer = Consumer(
             LocalSource(bus, subscriber="s"), mappings, applier, TableDeadLetterStore(database.dsn), self.metrics,
@@ -229,6 +231,19 @@ def test_a_key_that_nothing_can_hold_is_no_end_of_the_bridge(shop: Database, bri
     assert shop.execute("SELECT reason FROM figbridge.dead_letter") == [("54000",)]
     shop.execute("INSERT INTO shop.orders (id) VALUES (%s)", [endless])
     bridge.until(applied=1)
+
+
+def test_what_waits_for_a_mapping_that_is_gone_is_kept_as_a_dead_letter(shop: Database, tmp_path: Path) -> None:
+    """It had one when it was parked, so it is not one of those on the bus that are for others."""
+    with Bridge(shop, tmp_path / "bus.sqlite") as bridge:
+        bridge.send("1", "order", id=1, customer=7, status="a")
+        bridge.until(retried=1)
+    with Bridge(shop, tmp_path / "bus.sqlite", sections=SECTIONS[1:]) as bridge:
+        bridge.send("2", "order", id=2)
+        bridge.send("3", "customer", id=7)
+        bridge.until(applied=1, ignored=1, dead_letter=1)
+    assert shop.execute("SELECT event_id, reason FROM figbridge.dead_letter") == [("1", "unmapped")]
+    assert count(shop, "figbridge.parked") == 0
 
 
 def test_what_waits_in_vain_is_given_up_and_what_is_behind_it_gets_its_turn(shop: Database, tmp_path: Path) -> None:

@@ -63,8 +63,8 @@ class Consumer:
 
     `park_timeout` is how many seconds an event may wait for another one, `batch_size` the most events of a transaction,
     `max_hops` the most bridges that an event may have passed, `bare` what makes an envelope where there is none,
-    `unmapped` what becomes of an event that no mapping is for, `order` what events wait in: their entity alone, or also
-    their message group (`Delivery.group`).
+    `unmapped` what becomes of an event that no mapping is for (a parked one is a dead letter), `order` what events
+    wait in: their entity alone, or also their message group (`Delivery.group`).
     `prepare` is called before the first receive (the loop guard's proof) and may raise Stopped.
     """
 
@@ -191,7 +191,9 @@ class Consumer:
                 else:
                     item.applied = self._held()
                 return item
-            item.applied = self._unmapped if mapping is None else broken(mapping)
+            item.applied = broken(mapping) if mapping else self._unmapped
+            if mapping is None and isinstance(delivery, Parked):  # it had one: it is not others' on the bus
+                item.applied = NOBODYS
         except Malformed as error:
             item.applied = Applied(Outcome.DEAD_LETTER, error.reason, str(error))
         if event is not None:
