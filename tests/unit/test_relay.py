@@ -80,19 +80,29 @@ def test_a_cloud_event_is_the_same_event() -> None:
 def test_an_event_is_forwarded_once() -> None:
     event = valid(judge().judge(message()))
 
-    assert judge().judge(event.envelope()) == Dropped("valid_already", "e-1")
+    assert judge().judge(event.envelope()) == Dropped("valid_already", "e-1", "valid.cwi.servicea")
     # two relays that mark differently would pass it to and fro for ever
-    assert judge(prefix="checked.").judge(event.envelope()) == Dropped("hops", "e-1")
+    assert judge(prefix="checked.").judge(event.envelope()) == Dropped("hops", "e-1", "valid.cwi.servicea")
     again = judge(prefix="checked.", unknown="forward", **{"max-hops": 2}).judge(event.envelope())
     assert json.loads(valid(again).detail)["relayed"]["hops"] == 2
     assert valid(again).detail.count(b'"relayed"') == 1
+
+
+@pytest.mark.parametrize("hops", [1, 40, "many"])
+def test_only_the_relay_s_own_mark_counts_how_often_it_was_forwarded(hops: int | str) -> None:
+    """``hops`` of a detail is the reverse path's count in figbridge's own events, or a service's own field."""
+    for body in (message({"widget_id": "a", "hops": hops}), message(OWN | {"widget_id": "a", "hops": hops})):
+        event = valid(judge().judge(body))
+        assert json.loads(event.detail)["hops"] == hops
+        assert json.loads(event.detail)["relayed"]["hops"] == 1
+        assert judge(prefix="checked.").judge(event.envelope()) == Dropped("hops", event.id, event.source)
 
 
 def test_what_was_set_aside_is_not_judged_again() -> None:
     verdict = judge().judge(message({}))
     assert isinstance(verdict, Invalid)
 
-    assert judge().judge(verdict.event.envelope()) == Dropped("quarantined_already", "e-1")
+    assert judge().judge(verdict.event.envelope()) == Dropped("quarantined_already", "e-1", "invalid.cwi.servicea")
 
 
 def test_the_detail_is_passed_on_to_the_last_digit_and_on_one_line() -> None:
@@ -117,6 +127,7 @@ def test_an_empty_detail_is_one_too() -> None:
         (message({}), "contract", "/detail/widget_id"),
         (message(source="cwi.serviceb"), "no_contract", ""),
         (message({"widget_id": "a", "relayed": "by train"}), "reserved", "/detail/relayed"),
+        (message({"widget_id": "a", "relayed": {"hops": 3}}), "reserved", "/detail/relayed"),
         (message(source=7), "malformed", "/source"),
         (message(source=""), "malformed", "/source"),
         (message(id=None), "malformed", "/id"),
@@ -398,6 +409,17 @@ def test_the_log_says_why_and_repeats_no_value() -> None:
     assert [it["reason"] for it in logs] == ["contract", "malformed"]
     assert "widget_id" in str(logs)
     assert "Ada" not in str(logs)
+
+
+def test_what_has_been_forwarded_often_enough_is_told_in_the_log() -> None:
+    bench = Bench(Place(), Place())
+    forwarded = valid(judge(prefix="checked.").judge(message())).envelope()
+    with capture_logs() as logs:
+        assert bench.relay(forwarded, message(source="valid.x")) == {0, 1}
+
+    assert bench.count("dropped", reason="hops") == 1
+    assert [(it["reason"], it["event_id"], it["source"]) for it in logs] == [("hops", "e-1", "checked.cwi.servicea")]
+    assert bench.sink.events == []
 
 
 # --- the section

@@ -55,10 +55,11 @@ class _Flaw(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """Nothing more is done about it."""
+    """Nothing more is done about it. ``source`` is as it came."""
 
     why: Drop
     id: str
+    source: str
 
 
 Verdict = Valid | Invalid | Dropped
@@ -99,9 +100,10 @@ class Judge:
             return self.invalid(body, "malformed", [error.breach])
         section, source = self._section, parsed.source
         mark = parsed.detail.get(MARK)
-        hops = max(_hops(parsed.detail), _hops(mark.value) if mark and isinstance(mark.value, dict) else 0)
+        # not the detail's own hops: in figbridge's events they count something else, and a service means what it likes
+        hops = _hops(mark.value) if mark and _is_ours(mark) else 0
         if why := self._forwarded_already(source, hops):
-            return Dropped(why, identity)
+            return Dropped(why, identity, source)
         if flaw := self._flaw(parsed, mark):
             return self._invalid(parsed, identity, *flaw)
         event = Event(
@@ -264,10 +266,8 @@ def _is_ours(mark: Member) -> bool:
     return isinstance(mark.value, dict) and isinstance(mark.value.get("id"), str) and "hops" in mark.value
 
 
-def _hops(of: Mapping[str, Any]) -> int:
-    found = of.get("hops")
-    value = found.value if isinstance(found, Member) else found
-    # of a service's own field of that name nothing is concluded, unless it is such a number
+def _hops(mark: Mapping[str, Any]) -> int:
+    value = mark.get("hops")
     return int(value) if isinstance(value, Number) and value.isdecimal() and len(value) < 10 else 0
 
 

@@ -77,6 +77,8 @@ class Relayer:
             else:
                 dropped[verdict.why] += 1
                 done.add(index)
+                if verdict.why == "hops":  # its source does not say that it was forwarded, so somebody may miss it
+                    _log.info("event dropped", event_id=verdict.id, source=verdict.source, reason=verdict.why)
         for why, count in dropped.items():
             self._metrics.relay_dropped.labels(why).inc(count)
         self._publish(valid, invalid, done)
