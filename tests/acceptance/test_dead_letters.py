@@ -146,7 +146,10 @@ def test_both_directions_letters_are_listed_shown_and_discarded(shop: Database, 
 def test_everything_at_once_has_to_be_asked_for(shop: Database, tmp_path: Path) -> None:
     command = Command(shop, tmp_path)
     TableDeadLetterStore(shop.dsn).add([unapplied(1)])
-    for arguments in (["redrive"], ["discard", "--yes"], ["redrive", "--all", "e-1"]):
+    for arguments in (
+        ["redrive"], ["discard", "--yes"], ["redrive", "--all", "e-1"],
+        ["redrive", ""], ["discard", "e-1", "", "--yes"],
+    ):  # fmt: skip
         command(*arguments, status=2)
     assert len(letters(shop)) == 1
     command("discard", "--all", "--yes")

@@ -32,9 +32,18 @@ class _Since(click.ParamType["datetime"]):
             self.fail(str(error), param, ctx)
 
 
+class _Id(click.ParamType[str]):
+    name = "id"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not str(value).strip():  # the beginning of every id
+            self.fail("an empty ID would mean every letter; is a variable of a script not set?", param, ctx)
+        return str(value)
+
+
 def _filters(command: Callable[..., None]) -> Callable[..., None]:
     for option in (
-        click.argument("ids", nargs=-1, metavar="[ID]..."),
+        click.argument("ids", nargs=-1, type=_Id(), metavar="[ID]..."),
         click.option("--since", type=_Since(), help="Letters since then: 90m, 24h, 7d, or an ISO 8601 time."),
         click.option("--table", help="Letters about this table, as schema.table."),
         click.option("--reason", help="Letters with this reason, such as EntryTooLarge or 23505."),
