@@ -1,7 +1,7 @@
 """What a reverse transaction says of itself in the WAL, and the forward path reads: the words both sides share.
 
-    figbridge.mark     first in the transaction: {"shapes": …, "events": …}, see `Shape` and `Entry`; may come several
-                       times. With ``loop-guard: message`` it is also the mark that the transaction is ours
+    figbridge.mark     first in the transaction: {"shapes": …, "moving": …, "events": …}, see `Shape` and `Entry`; may
+                       come several times. With ``loop-guard: message`` it is also the mark that the transaction is ours
     figbridge.cause    [source, idempotency key]: what follows is done for that event; null: for none in particular
     figbridge.canary   the nonce of a canary (`figbridge.canary`), where no row carries it
 
@@ -45,12 +45,14 @@ class Shape(NamedTuple):
 
     tables   the names under which the WAL may show its table: itself, the partitioned table it is a part of, …
     action   insert, update, upsert, delete, soft
+    moves    whether its table is partitioned, so that an UPDATE may be a DELETE here and an INSERT there
     """
 
     tables: Sequence[Sequence[str]]
     action: str
     key: Sequence[str]
     columns: Sequence[str]
+    moves: bool
 
 
 class Entry(NamedTuple):
@@ -73,7 +75,12 @@ def digest(values: Iterable[bytes | None]) -> str:
 
 def write(shapes: Sequence[Shape], entries: Sequence[Entry]) -> str:
     """The content of a `MARK`."""
-    return json.dumps({"shapes": shapes, "events": entries}, separators=(",", ":"))
+    told = {  # what moves is said apart: an older bridge reads four fields of each shape
+        "shapes": [it[:4] for it in shapes],
+        "moving": [index for index, it in enumerate(shapes) if it.moves],
+        "events": entries,
+    }
+    return json.dumps(told, separators=(",", ":"))
 
 
 def write_cause(source: str, key: str) -> str:
@@ -85,7 +92,11 @@ def read(content: bytes) -> tuple[list[Shape], list[Entry]]:
     """The content of a `MARK`. Raises ValueError when it is none of ours."""
     told = orjson.loads(content)
     try:
-        shapes = [Shape(*it) for it in told.get("shapes", ())]
+        moving = told.get("moving")  # an older bridge does not say: a move that left in half would be a row lost
+        shapes = [
+            Shape(tables, action, key, columns, moving is None or index in moving)
+            for index, (tables, action, key, columns) in enumerate(told.get("shapes", ()))
+        ]
         entries = [Entry(*it) for it in told.get("events", ())]
     except (AttributeError, TypeError) as error:
         raise ValueError(f"not a mark: {error}") from error

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import orjson
 import psycopg
 import pytest
 from structlog.testing import capture_logs
@@ -254,6 +255,46 @@ def test_one_statement_may_mean_many_rows(database: Database) -> None:
         events = left(running)
 
     assert [(it["table"], it["cause"]) for it in events] == [("audit", "all")] * 50
+
+
+def test_what_a_trigger_deletes_in_the_place_of_our_update_leaves(database: Database) -> None:
+    """It archives the row, and leaves nothing to update."""
+    make_shop(database).execute("""
+        CREATE TABLE shop.archive (id bigint PRIMARY KEY);
+        CREATE FUNCTION shop.archived() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                INSERT INTO shop.archive VALUES (OLD.id);
+                DELETE FROM shop.orders WHERE id = OLD.id;
+                RETURN NULL;
+            END $$;
+        CREATE TRIGGER archived BEFORE UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.archived();
+        INSERT INTO shop.orders (id) VALUES (1), (2);
+    """)
+    published(database, "inbox")
+    soft = mapping("delete", soft={"note": "id"}, set={})
+    with applier(database, "inbox") as made:  # as far as the server tells, there was nothing to delete
+        for it in (work(soft, "soft", id=1), work(mapping(), "upsert", id=2, status="closed")):
+            assert made.apply_all([it])[it].outcome in {Outcome.IGNORED, Outcome.APPLIED}
+    last(database)
+    with forward(database, "inbox") as running:
+        events = left(running)
+
+    assert [(it["table"], it["op"], it["key"]["id"], it["cause"]) for it in events] == [
+        ("archive", "insert", 1, "soft"),
+        ("orders", "delete", 1, "soft"),
+        ("archive", "insert", 2, "upsert"),
+        ("orders", "delete", 2, "upsert"),
+    ]
+
+
+def test_a_mark_of_an_older_bridge_does_not_say_whether_rows_move() -> None:
+    shape = mark.Shape([["shop", "orders"]], "update", ["id"], ["status"], moves=True)
+    old = {"shapes": [shape[:4]], "events": []}
+    assert mark.read(orjson.dumps(old)) == ([shape], [])
+    for now in (shape, shape._replace(moves=False)):
+        content = mark.write([now], [])
+        assert mark.read(content.encode()) == ([now], [])
+        assert orjson.loads(content)["shapes"] == [list(shape[:4])]  # as an older bridge reads it
 
 
 def test_a_row_that_moves_to_another_partition_is_ours(database: Database) -> None:

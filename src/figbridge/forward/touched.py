@@ -15,7 +15,8 @@ nearly every legacy table has one, and each write would come back.
 
 A row counts once: an UPDATE of the same row by a trigger, after ours and without touching our columns, is a change of
 the trigger's. Where an UPDATE of ours means several rows, each of them counts once. A row that moves to another
-partition is a DELETE and an INSERT in the WAL; the DELETE is ours as long as the INSERT has not come.
+partition is a DELETE and an INSERT in the WAL; the DELETE is ours as long as the INSERT has not come. So a trigger's
+DELETE in the place of our UPDATE is taken for a move in a partitioned table; in another table it leaves.
 """
 
 from collections import Counter, defaultdict
@@ -153,7 +154,8 @@ class _Expected:
         key = _digest(change.before, self._key, None)
         if self.shape.action == "delete":
             return key in self._left
-        return self._left.get(key or "", 0) > 0  # on its way to another partition; the INSERT is counted
+        # on its way to another partition; the INSERT is counted
+        return self.shape.moves and self._left.get(key or "", 0) > 0
 
     def _take_left(self, key: str | None) -> bool:
         if key is None or self._left.get(key, 0) <= 0:

@@ -56,7 +56,7 @@ _NAMES: Final = """
         SELECT oid FROM asked
         UNION SELECT i.inhrelid FROM inherited h JOIN pg_inherits i ON i.inhparent = h.oid, asked
               WHERE asked.relkind = 'r')
-    SELECT n.nspname::text, c.relname::text
+    SELECT n.nspname::text, c.relname::text, (SELECT relkind = 'p' FROM asked) AS parted
     FROM (SELECT oid FROM inherited UNION SELECT relid FROM asked, pg_partition_ancestors(asked.oid)) AS found
     JOIN pg_class c ON c.oid = found.oid JOIN pg_namespace n ON n.oid = c.relnamespace
     WHERE (SELECT relkind FROM asked) IN ('r', 'p')
@@ -67,7 +67,7 @@ class Touching:
     """Says what works touch, over a connection in autocommit mode. Raises psycopg.Error when the connection breaks."""
 
     def __init__(self) -> None:
-        self._names: dict[tuple[str, str], tuple[float, list[tuple[str, str]]]] = {}
+        self._names: dict[tuple[str, str], tuple[float, list[tuple[str, str]], bool]] = {}
 
     def marks(self, connection: psycopg.Connection, works: Sequence[Work]) -> Iterable[str]:
         """The contents of the `mark.MARK`s of a transaction of `works`."""
@@ -83,21 +83,22 @@ class Touching:
         told: dict[Shape, tuple[int, Iterable[tuple[str, str]]]] = {}
         shapes: list[mark.Shape] = []
         for shape, listed in documents.items():
-            names = self._names_of(connection, shape.table)
+            names, parted = self._names_of(connection, shape.table)
             digests = _digests(connection, shape, listed) if names else None
             if names and digests:
                 told[shape] = len(shapes), iter(digests)
-                shapes.append(mark.Shape(names, shape.action, shape.key, shape.columns))
+                shapes.append(mark.Shape(names, shape.action, shape.key, shape.columns, parted))
         entries = [Entry(work.event.source, work.key, work.hops, _rows(work, told)) for work in works]
         return mark.write(shapes, entries)
 
-    def _names_of(self, connection: psycopg.Connection, table: tuple[str, str]) -> list[tuple[str, str]]:
-        """The names under which the WAL may show what is written to `table`; none for a view."""
-        until, names = self._names.get(table, (0.0, []))
+    def _names_of(self, connection: psycopg.Connection, table: tuple[str, str]) -> tuple[list[tuple[str, str]], bool]:
+        """The names under which the WAL may show what is written to `table`, none for a view; is it partitioned?"""
+        until, names, parted = self._names.get(table, (0.0, [], False))
         if time.monotonic() >= until:
-            names = psycopg.RawCursor(connection).execute(_NAMES, table).fetchall()
-            self._names[table] = time.monotonic() + _FORGET, names
-        return names
+            found = psycopg.RawCursor(connection).execute(_NAMES, table).fetchall()
+            names, parted = [(schema, name) for schema, name, _ in found], any(it for *_, it in found)
+            self._names[table] = time.monotonic() + _FORGET, names, parted
+        return names, parted
 
 
 def _rows(
