@@ -270,6 +270,7 @@ def test_an_event_that_breaks_its_contract_still_stays_a_letter(shop: Database, 
     (result,) = command.json("redrive", "--all", status=1)
     assert (result["redriven"], result["reason"]) == (False, "ContractBroken")
     assert command.published == []
+    assert letters(shop) == [(event(1).id, "ContractBroken")]
 
     contract.write_text('{"required": ["n"]}')
     assert [it["redriven"] for it in command.json("redrive", "--all")] == [True]
@@ -363,7 +364,7 @@ def test_a_reused_key_stays_a_letter(shop: Database, tmp_path: Path) -> None:
     (result,) = command.json("redrive", "--all", status=1)
 
     assert (result["redriven"], result["reason"]) == (False, "key_reuse")
-    assert letters(shop) == [("e-1", "22P02")]  # as it was
+    assert letters(shop) == [("e-1", "key_reuse")]
     assert shop.execute("SELECT status FROM shop.orders") == [("paid",)]
 
 
@@ -393,6 +394,22 @@ def test_a_letter_without_a_mapping_stays_whatever_becomes_of_strangers_in_the_q
     command.config.write_text(before)
     assert [it["redriven"] for it in command.json("redrive", "--all")] == [True]
     assert orders(shop) == [(1, "paid")]
+
+
+def test_a_letter_that_is_refused_again_says_why_and_how_often_it_was_tried(shop: Database, tmp_path: Path) -> None:
+    command = Command(shop, tmp_path)
+    shop.execute("ALTER TABLE shop.orders ADD CHECK (status <> 'paid')")
+    first = replace(unapplied(1), reason="P0001", message="period closed")
+    TableDeadLetterStore(shop.dsn).add([first, unapplied(2, customer="none"), unapplied(3)])
+    for _ in range(2):
+        command("redrive", "e-1", status=1)
+
+    (told,) = command.json("show", "--reason", "23514")
+    assert (told["event_id"], told["attempts"], told["table"]) == ("e-1", 3, "shop.orders")
+    assert "violates check constraint" in told["message"]
+    assert "INSERT INTO" in told["statement"]
+    assert [it["event_id"] for it in command.json("list")] == ["e-1", "e-2", "e-3"]
+    assert datetime.fromisoformat(told["created_at"]) == first.created_at
 
 
 def test_what_waits_for_its_parent_leaves_the_letters_for_the_park(shop: Database, tmp_path: Path) -> None:

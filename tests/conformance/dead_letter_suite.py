@@ -23,10 +23,12 @@ class StoreFeatures:
 
     ordered  letters are scanned in the order in which they came, or in which their events happened
     unique   a letter that is added twice is scanned once
+    updated  a letter says how its last try ended; elsewhere how its first one did
     """
 
     ordered: bool
     unique: bool
+    updated: bool
 
 
 class StorePlace(Protocol):
@@ -138,6 +140,21 @@ class DeadLetterSuite:
         other = place.open()
         assert sorted(map(str, ids(other))) == [event(n).id for n in range(25) if n % 3]
         other.close()
+
+    def test_a_letter_says_at_its_place_how_another_try_ended(self, place: StorePlace, store: DeadLetterStore) -> None:
+        store.add([letter(n, created_at=WHEN) for n in range(3)])
+        with contextlib.closing(store.scan(Wanted(ids=(event(1).id,)))) as found:
+            (kept,) = found
+            again = kept.letter.again("23514", "NUL \0", "UPDATE t")
+            store.update([kept._replace(letter=again)])
+            store.update([kept._replace(letter=again)])  # after a crash
+
+        assert sorted(map(str, ids(store))) == [event(n).id for n in range(3)]
+        if place.features.ordered:
+            assert ids(store) == [event(n).id for n in range(3)]
+        ((got, _),) = store.scan(Wanted(ids=(event(1).id,)))
+        assert replace(got, message="") == replace(again if place.features.updated else kept.letter, message="")
+        assert (got.attempts, got.created_at) == (2 if place.features.updated else 1, WHEN)
 
     def test_letters_are_removed_while_they_are_scanned(self, store: DeadLetterStore) -> None:
         store.add([letter(n) for n in range(25)])

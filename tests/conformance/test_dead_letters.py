@@ -31,7 +31,7 @@ SCHEMA = (resources.files("figbridge") / "schema.sql").read_text()
 @dataclass
 class Table:
     database: Database
-    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=True)
+    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=True, updated=True)
 
     def open(self) -> DeadLetterStore:
         return open_dead_letters(TableDeadLetters(type="table"), self.database.dsn)
@@ -51,7 +51,7 @@ class TestTable(DeadLetterSuite):
 @dataclass
 class File:
     directory: Path
-    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=False)
+    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=False, updated=False)
 
     def open(self) -> DeadLetterStore:
         return open_dead_letters(FileDeadLetters(type="file", path=self.directory / "letters.jsonl"), "")
@@ -70,7 +70,7 @@ class TestFile(DeadLetterSuite):
 @dataclass
 class S3:
     endpoint: str
-    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=True)
+    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=True, unique=True, updated=True)
 
     def open(self, bucket: str = "letters") -> DeadLetterStore:
         return open_dead_letters(S3DeadLetters(type="s3", bucket=bucket, endpoint_url=self.endpoint), "")
@@ -98,7 +98,7 @@ class Sqs:
     endpoint: str
     url: str
     bucket: str | None = None
-    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=False, unique=False)
+    features: ClassVar[StoreFeatures] = StoreFeatures(ordered=False, unique=False, updated=False)
 
     def open(self, url: str | None = None) -> DeadLetterStore:
         section = SqsDeadLetters(
@@ -149,6 +149,21 @@ def test_a_table_that_may_not_be_written_fails_the_check(database: Database) -> 
             store.check()
         database.execute(caught.value.hint)
         store.check()
+
+
+def test_a_role_without_the_right_to_update_exchanges_what_nobody_has_removed(database: Database) -> None:
+    database.execute(SCHEMA)
+    with role(database, "LOGIN") as (name, dsn):
+        database.execute(
+            f"GRANT USAGE ON SCHEMA figbridge TO {name}; "
+            f"GRANT SELECT, INSERT, DELETE ON figbridge.dead_letter TO {name}"
+        )
+        store = open_dead_letters(TableDeadLetters(type="table"), dsn)
+        store.add([letter(n) for n in range(3)])
+        kept = [it._replace(letter=it.letter.again("r", "m")) for it in store.scan(Wanted())]
+        store.remove(kept[:1])
+        store.update(kept)
+        assert [it.letter.reason for it in store.scan(Wanted())] == ["r", "r"]
 
 
 def test_an_older_table_is_brought_up_to_date(database: Database) -> None:

@@ -98,6 +98,9 @@ class FileDeadLetterStore:
         except OSError as error:
             raise _translated(error, self._path) from error
 
+    def update(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.update`: a line cannot grow, and at the end it would be out of its order."""
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

@@ -5,7 +5,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple, Protocol, Self
 
@@ -70,6 +70,10 @@ class DeadLetter:
             old_key=event.old_key,
             whole_table=event.whole_table,
         )
+
+    def again(self, reason: str, message: str, statement: str = "") -> Self:
+        """The same letter after one more try, which ended so."""
+        return replace(self, reason=reason, message=message, statement=statement, attempts=self.attempts + 1)
 
     def event(self) -> Event:
         """The event of a forward letter, its detail to the byte. Raises Unreadable.
@@ -171,6 +175,13 @@ class DeadLetterStore(DeadLetters, Protocol):
 
     def remove(self, kept: Sequence[Kept]) -> None:
         """Remove letters that `scan` handed out and is not through with. Twice is no error. Raises BridgeError."""
+
+    def update(self, kept: Sequence[Kept]) -> None:
+        """Write how another try of letters that `scan` handed out ended (`DeadLetter.again`), each at its place.
+
+        A letter that was removed meanwhile stays removed, as far as the store can tell. Nothing happens where a letter
+        cannot be changed at its place. Raises BridgeError.
+        """
 
 
 def grouped(letters: Iterable[Kept]) -> Iterator[list[Kept]]:

@@ -24,6 +24,12 @@ _INSERT: Final = """
         position, key, old_key, whole_table, created_at)
     VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) ON CONFLICT (id) DO NOTHING
 """
+# under its old place, by a role that need not have the right to UPDATE
+_EXCHANGE: Final = """
+    INSERT INTO figbridge.dead_letter (id, direction, event_id, reason, message, attempts, body, statement, table_name,
+        position, key, old_key, whole_table, created_at, place) OVERRIDING SYSTEM VALUE
+    VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+"""
 # The sizes are summed up before a body is read: bodies lie beside the table (TOAST), and one may be a megabyte.
 _SCAN: Final = """
     SELECT l.place, l.direction, l.event_id, l.reason, l.message, l.attempts, l.body, coalesce(l.statement, ''),
@@ -99,6 +105,18 @@ class TableDeadLetterStore:
         with legacy.connect(self._dsn, purpose="dead-letters") as connection, legacy.translated():
             places = [it.place for it in kept]
             connection.execute("DELETE FROM figbridge.dead_letter WHERE place = ANY (%s)", [places])
+
+    def update(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.update`."""
+        with legacy.connect(self._dsn, purpose="dead-letters") as connection, legacy.translated():
+            codec = legacy.speak_its_encoding(connection)
+            gone = connection.execute(
+                "DELETE FROM figbridge.dead_letter WHERE place = ANY (%s) RETURNING place", [[it.place for it in kept]]
+            )
+            there = {place for (place,) in gone}
+            rows = [(*_row(it.letter, codec), it.place) for it in kept if it.place in there]
+            with connection.cursor() as cursor:
+                cursor.executemany(_EXCHANGE, rows)
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,7 +1,7 @@
 """Dead letters of the forward path, published again: by the same publisher, under the same ids.
 
     letters, oldest first ─▶ contracts ─▶ Publisher ─▶ the sink, or S3 first (claim-check)
-                                 └───────────┴─▶ refused again: the letter stays where it is
+                                 └───────────┴─▶ refused again: the letter stays where it is, and says so
 
 INVARIANT. A letter is removed only when its event is durable at the sink. Whatever ends this in between, the event is
 published again by the next redrive, under the same id.
@@ -11,7 +11,7 @@ key since: a consumer sees it by the position, as it does everywhere (README: wh
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from figbridge.config import ContractsSection
@@ -68,12 +68,25 @@ def redrive(
             publisher.publish(standard.admit(events) if standard else events)
             done = [it for it, why in read if not why and it.letter.event_id not in refused.reasons]
             persist(lambda done=done: store.remove(done), what="remove dead letters", stop=stop)  # type: ignore[misc]
+            still = [Kept(it.letter.again(*why), it.place) for it, why in _refused(read, refused.reasons)]
+            if still:
+                persist(lambda still=still: store.update(still), what="update dead letters", stop=stop)  # type: ignore[misc]
             for it, why in read:
                 again = refused.reasons.get(it.letter.event_id)
                 if not why:
                     yield Redriven(it.letter, again.reason, again.message) if again else Redriven(it.letter)
     finally:
         publisher.close()
+
+
+def _refused(
+    read: Iterable[tuple[Kept, tuple[str, str] | None]], reasons: Mapping[str | None, DeadLetter]
+) -> Iterator[tuple[Kept, tuple[str, str]]]:
+    for it, why in read:
+        if why:
+            yield it, why
+        elif again := reasons.get(it.letter.event_id):
+            yield it, (again.reason, again.message)
 
 
 def _read(group: Sequence[Kept]) -> tuple[list[tuple[Kept, tuple[str, str] | None]], list[Event]]:

@@ -1,7 +1,7 @@
 """Dead letters of the relay, judged again: as if their messages came from the queue once more.
 
     letters ─▶ Relayer: contracts, hops, the sink
-                  └─▶ invalid again: the letter stays where it is
+                  └─▶ invalid again: the letter stays where it is, and says so
 
 A letter is removed only when its event is durable at the sink, or needs none (it was forwarded already).
 """
@@ -34,6 +34,10 @@ class _Again:
         pass
 
 
+def _refused(kept: Kept, again: DeadLetter) -> Kept:
+    return Kept(kept.letter.again(again.reason, again.message), kept.place)
+
+
 def redrive(
     letters: Iterable[Kept], store: DeadLetterStore, section: RelaySection, sink: Sink, stop: threading.Event
 ) -> Iterator[Redriven]:
@@ -51,8 +55,11 @@ def redrive(
             relayer.relay(messages, set())
             done = [it for it in group if it.letter.id not in again.letters]
             persist(lambda done=done: store.remove(done), what="remove dead letters", stop=stop)  # type: ignore[misc]
+            still = [_refused(it, again.letters[it.letter.id]) for it in group if it.letter.id in again.letters]
+            if still:
+                persist(lambda still=still: store.update(still), what="update dead letters", stop=stop)  # type: ignore[misc]
             for letter in messages:
-                still = again.letters.get(letter.id)
-                yield Redriven(letter, still.reason, still.message) if still else Redriven(letter)
+                told = again.letters.get(letter.id)
+                yield Redriven(letter, told.reason, told.message) if told else Redriven(letter)
     finally:
         relayer.close()

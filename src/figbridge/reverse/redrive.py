@@ -1,7 +1,7 @@
 """Dead letters of the reverse path, applied again: they re-enter by the consumer itself, like deliveries of any queue.
 
     letters, oldest first ─▶ Consumer: parse, map, claim the key, compare the version, apply, park
-                                └─▶ a dead letter again: it stays where it is
+                                └─▶ a dead letter again: it stays where it is, and says what this try met
 
 So whatever protects a queue's messages protects these. A key that was applied meanwhile is a duplicate, a late event is
 stale, one that waits for a row is parked; and a letter is removed (the acknowledgement) only after its transaction
@@ -96,6 +96,8 @@ class LetterSource:
         """See `Source.acknowledge`."""
         ours = [it.kept for it in deliveries if isinstance(it, LetterDelivery)]
         self._store.remove([it for it in ours if it.letter.id not in self._again])
+        if still := [_refused(it, self._again[it.letter.id]) for it in ours if it.letter.id in self._again]:
+            self._store.update(still)
         for it in ours:
             again = self._again.get(it.letter.id)
             self._told(Redriven(it.letter, again.reason, again.message) if again else Redriven(it.letter))
@@ -113,6 +115,10 @@ class LetterSource:
 
     def close(self) -> None:
         """The store is closed by whoever opened it."""
+
+
+def _refused(kept: Kept, again: DeadLetter) -> Kept:
+    return Kept(kept.letter.again(again.reason, again.message, again.statement), kept.place)
 
 
 def redrive(

@@ -38,11 +38,7 @@ class S3DeadLetterStore:
     def add(self, letters: Sequence[DeadLetter]) -> None:
         """See `DeadLetters.add`. Raises SinkUnavailable, SinkRefused."""
         for letter in letters:
-            with self._asking("PutObject"):
-                answer = self._client.boto.put_object(
-                    Bucket=self._bucket, Key=self._key(letter), Body=dump(letter), ContentType=_JSON
-                )
-                aws.proven(answer, "ETag")
+            self._put(self._key(letter), letter)
 
     def check(self) -> None:
         """The bucket is there and may be written to, without writing. Raises SinkRefused, SinkUnavailable.
@@ -83,6 +79,11 @@ class S3DeadLetterStore:
                     )
                 raise SinkUnavailable(f"s3:DeleteObject on {self.name}: {code}", hint=_AGAIN)
 
+    def update(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.update`. Raises SinkUnavailable, SinkRefused."""
+        for it in kept:
+            self._put(it.place, it.letter)
+
     def close(self) -> None:
         """Close the client's connections."""
         self._client.close()
@@ -90,6 +91,11 @@ class S3DeadLetterStore:
     def _key(self, letter: DeadLetter) -> str:
         time = letter.occurred_at.astimezone(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         return f"{self._prefix}{time}-{_place(letter)}{letter.id}{_SUFFIX}"
+
+    def _put(self, key: str, letter: DeadLetter) -> None:
+        with self._asking("PutObject"):
+            answer = self._client.boto.put_object(Bucket=self._bucket, Key=key, Body=dump(letter), ContentType=_JSON)
+            aws.proven(answer, "ETag")
 
     def _keys(self, wanted: Wanted) -> Iterator[str]:
         more: dict[str, Any] = {"MaxKeys": _PAGE}

@@ -105,6 +105,9 @@ class SqsDeadLetterStore:
                 self._client.boto.delete_message(QueueUrl=self._url, ReceiptHandle=place.receipt)
             self._held.pop(place.message, None)
 
+    def update(self, kept: Sequence[Kept]) -> None:
+        """See `DeadLetterStore.update`: a message cannot be changed, and another one would come to the same scan."""
+
     def close(self) -> None:
         """Close the clients' connections."""
         self._client.close()
