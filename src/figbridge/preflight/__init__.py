@@ -8,6 +8,7 @@
             ─▶ standby  whether snapshots can be read from the one that is named for that
             ─▶ reverse  our schema; each mapping held against the catalogue
             ─▶ loops    may the reverse path mark its transactions?
+            ─▶ alone    has another bridge its reverse path here?
             ─▶ split    of a file with one direction: is the other at work here by another file?
             ─▶ ends     the sink and the queue, asked themselves                        (stage run only)
 
@@ -40,7 +41,19 @@ from figbridge.errors import (
     SetupError,
     SinkUnavailable,
 )
-from figbridge.preflight import catalogue, failover, leaving, loops, reverse, server, split, standby, stream, tables
+from figbridge.preflight import (
+    alone,
+    catalogue,
+    failover,
+    leaving,
+    loops,
+    reverse,
+    server,
+    split,
+    standby,
+    stream,
+    tables,
+)
 from figbridge.preflight.finding import Finding, Level, Stage, error, ok, warning
 from figbridge.preflight.leaving import LEAVING
 from figbridge.preflight.own import forward_tables
@@ -79,6 +92,7 @@ def inspect(config: Config, stage: Stage, only: Direction | None = None) -> list
             findings += standby.probe(connection, config)
             findings += stream.probe_guard(config)
         findings += _writing(connection, config, names, stage, only)
+        findings += alone.probe(connection, config)
         if stage == "run":
             findings += split.probe(connection, config)
     return findings if stage == "init" else [*findings, *_ends(config, only)]

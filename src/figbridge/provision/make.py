@@ -12,7 +12,7 @@ from figbridge import canary, legacy, preflight
 from figbridge.change import Lsn
 from figbridge.config import Config, LegacySection, split_table
 from figbridge.errors import BridgeError, Problem, SetupError
-from figbridge.preflight import catalogue, failover, reverse, stream
+from figbridge.preflight import alone, catalogue, failover, reverse, stream
 from figbridge.preflight.catalogue import Name, Publication, Slot, spell
 from figbridge.preflight.own import own_tables
 from figbridge.provision import backfill, statements
@@ -29,7 +29,8 @@ def initialise(config: Config) -> list[str]:
 
     Raises SetupError with every problem before anything is done, LegacyUnavailable, or BridgeError.
     """
-    preflight.require(config, "init")
+    found = preflight.require(config, "init")
+    others = [f"warning: {it.where}: {it.what}; {it.remedy}" for it in found if it.where == alone.PLACE]
     dsn = config.legacy.dsn.get_secret_value()
     wanted = statements.publications(config)
     with legacy.translated(), legacy.connect(dsn, purpose="init") as connection:
@@ -52,7 +53,7 @@ def initialise(config: Config) -> list[str]:
             lines += _told(config, name, before[name], made)
             if made and made.made_at and before[name] is None and slot_was_there:
                 lines.append(_too_young(config.legacy, name, made))
-    return [*lines, *_make_slot(config)] if config.forward else lines
+    return [*lines, *others, *_make_slot(config)] if config.forward else [*lines, *others]
 
 
 def _make_schema(connection: psycopg.Connection, config: Config) -> list[str]:
