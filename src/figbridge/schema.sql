@@ -159,7 +159,7 @@ CREATE INDEX IF NOT EXISTS dead_letter_created_at ON figbridge.dead_letter (crea
 
 -- The tripwire on a replication slot: nothing beyond `bound` was ever confirmed by the bridge, so a slot that stands
 -- further was moved or made anew by somebody else. Never an offset: nothing is read from here on. To accept a slot as
--- it stands, delete its row.
+-- it stands, delete its row; to accept its publications as they are, set `published` to null.
 CREATE TABLE IF NOT EXISTS figbridge.slot_guard (
     slot              text        PRIMARY KEY,
     system_identifier text        NOT NULL,
@@ -167,8 +167,10 @@ CREATE TABLE IF NOT EXISTS figbridge.slot_guard (
     holder            text        NOT NULL,  -- the process that streams, by a name of its own
     acknowledged      pg_lsn      NOT NULL,  -- at least so far, for the message to a human
     bound             pg_lsn      NOT NULL,  -- at most so far
-    updated_at        timestamptz NOT NULL DEFAULT now()
+    updated_at        timestamptz NOT NULL DEFAULT now(),
+    published         text                   -- JSON: what the publications held when the bridge looked last
 );
+ALTER TABLE figbridge.slot_guard ADD COLUMN IF NOT EXISTS published text;  -- where an older figbridge made it
 
 -- What a published table looked like, from which row on: so that a change of its schema is announced once, in its place,
 -- also when it was changed while no bridge ran. A row is written when a schema has changed, and hardly ever else.

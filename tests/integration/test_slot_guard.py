@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from typing import Any
@@ -10,7 +11,7 @@ import psycopg
 import pytest
 import structlog
 
-from figbridge import provision
+from figbridge import canary, provision
 from figbridge.change import Lsn
 from figbridge.config import Config
 from figbridge.demo.postgres import EmbeddedPostgres, installations
@@ -20,8 +21,9 @@ from figbridge.forward.guarded import GuardedSource, Recreate
 from figbridge.forward.source import ReplicationSource
 from figbridge.forward.watch import SlotWatch
 from figbridge.preflight import stream
+from figbridge.preflight.catalogue import Name
 from figbridge.provision import backfill
-from fixtures.checked import config_of
+from fixtures.checked import config_of, inspected, role
 from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database, Server
@@ -42,16 +44,25 @@ class Guarded(Forward):
         every: float = 0.3,
         buffer_bytes: int = 1 << 26,
         recreate: Recreate | None = None,
+        reverse: bool = False,
     ) -> None:
         self._recreate = recreate
         self.guard = SlotGuard(dsn or database.dsn, database.slot, table=table)
-        super().__init__(database, dsn=dsn, buffer_bytes=buffer_bytes)
+        super().__init__(database, *(("pub", "inb") if reverse else ()), dsn=dsn, buffer_bytes=buffer_bytes)
         assert isinstance(self.source, GuardedSource)
-        published = {"pub": ([("public", "thing")], stream.PUBLISHED)}
+        published: dict[str, tuple[Sequence[Name], Sequence[str]]] = {
+            "pub": ([("public", "thing")], stream.PUBLISHED),
+            **({"inb": ([canary.INBOX], stream.MARKS)} if reverse else {}),
+        }
         self._loops.append(SlotWatch(self.guard, self.source, published, self.metrics, every=every))
 
     def make_source(self, dsn: str, publications: tuple[str, ...]) -> ReplicationSource:
         return GuardedSource(dsn, self.database.slot, publications, self.guard, recreate=self._recreate)
+
+    def until_remembered(self) -> None:
+        """Until the watch has looked at the publications."""
+        with self.database.connect() as connection:
+            until(lambda: self.guard.held(connection), 20)
 
     def until_confirmed(self) -> None:
         end = self.wal_end()
@@ -401,6 +412,188 @@ def test_a_publication_that_is_made_anew_during_a_run(each_database: Database) -
 
         until(stopped, 20)
         assert "copy the tables anew" in failed(forward, SourceError, "publication pub was dropped and made anew")
+
+
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["ALTER PUBLICATION pub DROP TABLE thing", "ALTER PUBLICATION pub ADD TABLE thing"],
+        ["DROP TABLE thing", "CREATE TABLE thing (id int PRIMARY KEY)", "ALTER PUBLICATION pub ADD TABLE thing"],
+    ],
+)
+def test_a_table_that_was_out_of_the_publication_between_two_looks(
+    each_database: Database, statements: list[str], table: bool
+) -> None:
+    prepare(each_database, table=table)
+    with Guarded(each_database, table=table) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        with (
+            each_database.connect() as connection,
+            connection.transaction(),
+        ):  # at once, for a look must not see it half done
+            for statement in statements:
+                connection.execute(statement)
+        hint = failed(forward, SourceError, "did not publish all changes of public.thing for a while")
+        assert "copy that table anew (`figbridge snapshot`)" in hint
+        assert ("UPDATE figbridge.slot_guard" in hint) == table
+
+
+@pytest.mark.parametrize("narrowed", ["thing WHERE (id < 0)", "thing (id)"])
+def test_a_publication_that_is_narrowed_during_a_run(database: Database, narrowed: str) -> None:
+    """For a moment, which the server keeps no other trace of, and to stay."""
+    prepare(database)
+    with Guarded(database) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        with database.connect() as connection, connection.transaction():
+            connection.execute(f"ALTER PUBLICATION pub SET TABLE {narrowed}")
+            connection.execute("ALTER PUBLICATION pub SET TABLE thing")
+        hint = failed(forward, SourceError, "did not publish all changes of public.thing for a while")
+    database.execute(accepted(hint))
+    with Guarded(database) as again:
+        again.until_streaming()
+        again.until_remembered()
+        database.execute(f"ALTER PUBLICATION pub SET TABLE {narrowed}")
+        failed(again, SourceError, "has another row filter or column list for public.thing than before")
+
+
+def accepted(hint: str) -> str:
+    """The statement in it by which a human accepts the publications as they are."""
+    return hint[hint.index("UPDATE figbridge.slot_guard") : hint.index(";") + 1]
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        ("ALTER PUBLICATION pub ADD TABLES IN SCHEMA secret", "is FOR TABLES IN SCHEMA"),
+        ("ALTER PUBLICATION pub SET (publish_via_partition_root = false)", "would name the partitions of public.thing"),
+    ],
+)
+def test_a_publication_that_becomes_one_that_check_refuses(database: Database, statement: str, said: str) -> None:
+    database.execute((resources.files("figbridge") / "schema.sql").read_text())
+    database.execute("""
+        CREATE SCHEMA secret;
+        CREATE TABLE thing (id int PRIMARY KEY) PARTITION BY RANGE (id);
+        CREATE PUBLICATION pub FOR TABLE thing WITH (publish_via_partition_root = true)
+    """)
+    database.create_slot()
+    with Guarded(database) as forward:
+        forward.until_streaming()
+        database.execute(statement)
+        failed(forward, SourceError, said)
+
+
+def test_changes_of_a_publication_that_may_be_harmless_are_told_once(each_database: Database) -> None:
+    """SET (publish = …) is what PostgreSQL 14 needs for ATTACH PARTITION; of a table too many `check` only warns."""
+    prepare(each_database)
+    each_database.execute("CREATE TABLE other (id int PRIMARY KEY)")
+
+    def told() -> list[str]:
+        return [it["what"] for it in logs if it["event"] == "the publication was changed"]
+
+    with structlog.testing.capture_logs() as logs, Guarded(each_database, every=0.1) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        each_database.execute("VACUUM FULL pg_publication_rel")
+        each_database.execute("ALTER TABLE thing ADD note text")
+        each_database.execute("ALTER PUBLICATION pub SET TABLE thing")
+        each_database.execute("ALTER PUBLICATION pub SET (publish = 'insert, update, delete, truncate')")
+        until(lambda: told() or forward.failure, 20)
+        each_database.execute("ALTER PUBLICATION pub ADD TABLE other")
+        until(lambda: len(told()) > 1 or forward.failure, 20)
+        each_database.execute("ALTER TABLE thing RENAME TO that")
+        each_database.execute("ALTER TABLE that RENAME TO thing")
+        each_database.execute("INSERT INTO thing VALUES (1)")
+        forward.until_events(1)
+    assert forward.failure is None
+    assert ["was altered" in told()[0], "also publishes public.other" in told()[1]] == [True, True]
+    assert len([it for it in told() if "public.that" not in it]) == 2
+
+
+def test_a_published_table_that_takes_the_place_of_another_stops_nothing(database: Database) -> None:
+    prepare(database)
+    database.execute("CREATE TABLE new (id int PRIMARY KEY); ALTER PUBLICATION pub ADD TABLE new")
+    with Guarded(database) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        database.execute("BEGIN; ALTER TABLE thing RENAME TO old; ALTER TABLE new RENAME TO thing; COMMIT")
+        taken = "SELECT published LIKE '%%\"old\"%%' FROM figbridge.slot_guard"
+        until(lambda: database.execute(taken) == [(True,)] or forward.failure, 20)
+    assert forward.failure is None
+
+
+def test_the_mark_of_our_own_writes_was_not_published_for_a_while(database: Database) -> None:
+    prepare(database)
+    database.execute("CREATE PUBLICATION inb FOR TABLE figbridge.inbox WITH (publish = 'insert')")
+    with Guarded(database, reverse=True) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        database.execute(
+            "BEGIN; ALTER PUBLICATION inb DROP TABLE figbridge.inbox; ALTER PUBLICATION inb ADD TABLE figbridge.inbox;"
+            "COMMIT"
+        )
+        hint = failed(forward, SourceError, "publication inb did not publish all changes of figbridge.inbox")
+        assert "What the reverse path wrote since then may have left as events" in hint
+
+
+def test_a_view_in_the_place_of_a_table(database: Database) -> None:
+    prepare(database)
+    with Guarded(database) as forward:
+        forward.until_streaming()
+        forward.until_remembered()
+        database.execute("BEGIN; ALTER TABLE thing RENAME TO base; CREATE VIEW thing AS TABLE base; COMMIT")
+        hint = failed(forward, SourceError, "public.thing is not a table any more")
+        assert "leaves as public.base" in hint
+
+
+def test_a_gap_while_no_bridge_runs(each_database: Database) -> None:
+    """`init` puts the table back, as an init container would; `check` and a new process tell until it is accepted."""
+    each_database.execute("CREATE TABLE thing (id int PRIMARY KEY); CREATE TABLE other (id int PRIMARY KEY)")
+    config = publishing_as_pub(configured(each_database))
+    provision.initialise(config)
+    with role(each_database) as (name, dsn):
+        each_database.execute(
+            f"GRANT USAGE ON SCHEMA figbridge TO {name}; "
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON figbridge.slot_guard TO {name}"
+        )
+        with Guarded(each_database, dsn=dsn) as forward:
+            forward.until_streaming()
+            forward.until_remembered()
+        each_database.execute("ALTER PUBLICATION pub ADD TABLE other")
+        assert inspected(config, "run").errors == []
+        each_database.execute("ALTER PUBLICATION pub DROP TABLE thing")
+        provision.initialise(config)
+        finding = inspected(config, "run").only("error", "publication pub")
+        assert finding.what.startswith("did not publish all changes of public.thing")
+        with Guarded(each_database, dsn=dsn) as again:
+            hint = failed(again, SourceError, "did not publish all changes of public.thing")
+        assert accepted(hint) == accepted(finding.remedy)
+        each_database.execute(accepted(hint))
+        assert inspected(config, "run").errors == []
+        with Guarded(each_database, dsn=dsn) as third:
+            third.until_streaming()
+            third.until_remembered()
+        assert (forward.failure, third.failure) == (None, None)
+
+
+def test_a_table_of_an_older_figbridge_gets_its_column_from_init(database: Database) -> None:
+    database.execute("CREATE TABLE thing (id int PRIMARY KEY)")
+    config = configured(database)
+    provision.initialise(config)
+    insert = "INSERT INTO figbridge.slot_guard VALUES (%s, '1', 1, 'x', '0/1', '0/1')"
+    database.execute(insert, [database.slot])
+    database.execute("ALTER TABLE figbridge.slot_guard DROP COLUMN published")
+    finding = inspected(config, "run").only("error", "schema figbridge")
+    assert ("published" in finding.what, finding.remedy) == (True, "run `figbridge init`")
+    assert "schema figbridge: brought up to date" in provision.initialise(config)
+    assert database.execute("SELECT bound::text, published FROM figbridge.slot_guard") == [("0/1", None)]
+    assert inspected(config, "run").errors == []
+
+
+def publishing_as_pub(config: Config) -> Config:
+    return config.model_copy(update={"database": config.legacy.model_copy(update={"publication": "pub"})})
 
 
 def test_a_table_that_is_gone_for_good_stops_nothing(prepared: Database) -> None:

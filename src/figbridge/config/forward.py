@@ -213,9 +213,9 @@ class ForwardSection(Section):
         "auto",
         alias="slot-guard",
         description="Where the bridge notes how far it may have confirmed the slot, to notice after a restart that the "
-        "slot was made anew or advanced by somebody else. table: figbridge.slot_guard. auto: that table, if the bridge "
-        "has tables anyway (reverse, a snapshot, on-slot-loss, or dead letters in a table). none: noticed only while a "
-        "process runs.",
+        "slot was made anew or advanced by somebody else, or that a table was out of its publication for a while. "
+        "table: figbridge.slot_guard. auto: that table, if the bridge has tables anyway (reverse, a snapshot, "
+        "on-slot-loss, or dead letters in a table). none: noticed only while a process runs.",
     )
     on_slot_loss: Literal["halt", "recreate-and-backfill"] = Field(
         "halt",

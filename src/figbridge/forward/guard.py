@@ -24,8 +24,10 @@ Without the table all of that holds for one process, and a process that starts t
 What it refuses to do: be an offset. Reading never starts from the row.
 """
 
+import contextlib
 import threading
 import time
+from collections.abc import Iterator, Mapping
 
 import psycopg
 import structlog
@@ -37,8 +39,9 @@ from figbridge.errors import LegacyUnavailable, SlotGap, SlotLost
 from figbridge.forward.bound import UNBOUND, Bound
 from figbridge.forward.incarnation import Incarnation, Note, Place
 from figbridge.forward.source import Identity
-from figbridge.preflight import catalogue, stream
+from figbridge.preflight import catalogue, membership, stream
 from figbridge.preflight.catalogue import Slot
+from figbridge.preflight.membership import Held
 
 _log = structlog.get_logger()
 
@@ -51,6 +54,7 @@ class SlotGuard:
         self.slot = slot
         self._table = table
         self._incarnation = Incarnation(slot, table=table)
+        self._held: dict[str, Held] = {}  # without the table
         self._moving = threading.Lock()
         self.in_danger = False  # of being lost at the next checkpoint, when it was looked at last
         self.shutting_down = False  # the server of the stream lets nobody in any more, and waits for us
@@ -63,6 +67,11 @@ class SlotGuard:
     def identity(self) -> Identity | None:
         """The server that this process streams from, or last did."""
         return self._incarnation.identity
+
+    @property
+    def acceptance(self) -> str:
+        """The statement by which a human accepts the publications as they are; empty: it is enough to start again."""
+        return membership.accepting(self.slot) if self._table else ""
 
     def outdone(self) -> None:
         """Somebody else was seen to hold the slot."""
@@ -164,6 +173,20 @@ class SlotGuard:
             place.require(self.identity)
             self._move(connection, self.bound.exact())
 
+    def held(self, connection: psycopg.Connection) -> dict[str, Held]:
+        """Publication → what is remembered of it."""
+        return membership.read(connection, self.slot) if self._table else self._held
+
+    def remember(self, connection: psycopg.Connection, held: Mapping[str, Held]) -> None:
+        """Instead of what was remembered; in the table only while our name is in it."""
+        self._held = dict(held)
+        if self._table:
+            with _durable(connection):
+                connection.execute(
+                    "UPDATE figbridge.slot_guard SET published = %s WHERE slot = %s AND holder = %s",
+                    [membership.dump(held), self.slot, self._incarnation.holder],
+                )
+
     def _move(self, connection: psycopg.Connection, target: Lsn, *, taking: bool = False) -> None:
         if not self._table:
             self.bound.lift(UNBOUND)
@@ -192,12 +215,7 @@ class SlotGuard:
         identity = self._incarnation.identity
         if identity is None:
             return False
-        with connection.transaction():
-            # an application that is kept from writing, by default_transaction_read_only, still has changes to deliver
-            connection.execute("SET TRANSACTION READ WRITE")
-            # flushed here, whatever the role's default is; a synchronous standby that is away must not hold us up
-            connection.execute("SET LOCAL synchronous_commit = 'local'")
-            connection.execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")
+        with _durable(connection):
             mine = "" if taking else "WHERE g.holder = excluded.holder"
             written = connection.execute(
                 "INSERT INTO figbridge.slot_guard AS g "  # noqa: S608 (a constant of ours)
@@ -211,6 +229,17 @@ class SlotGuard:
                 ],
             )  # fmt: skip
             return written.rowcount == 1
+
+
+@contextlib.contextmanager
+def _durable(connection: psycopg.Connection) -> Iterator[None]:
+    with connection.transaction():
+        # an application that is kept from writing, by default_transaction_read_only, still has changes to deliver
+        connection.execute("SET TRANSACTION READ WRITE")
+        # flushed here, whatever the role's default is; a synchronous standby that is away must not hold us up
+        connection.execute("SET LOCAL synchronous_commit = 'local'")
+        connection.execute("SET LOCAL lock_timeout = '2s'; SET LOCAL statement_timeout = '5s'")
+        yield
 
 
 def place_of(connection: psycopg.Connection) -> Place:

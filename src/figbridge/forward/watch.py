@@ -2,8 +2,9 @@
 
 It has an ordinary connection of its own and reads catalogues only, never a legacy table. What it finds wrong stops the
 bridge with the remedy: a slot that is gone or lost, a DSN that leads elsewhere meanwhile, and a publication that was
-made anew, or misses a table of the file, or an operation. From PostgreSQL 18 on the server leaves the changes of such a
-table out without a word, and an operation on every version, so nobody else would notice.
+made anew, misses a table of the file or an operation, or did since the last look (`membership`). From PostgreSQL 18 on
+the server leaves the changes of such a table out without a word, and an operation on every version, so nobody else
+would notice. What may be harmless, and what `figbridge check` only warns of, is in the log, once.
 
 It is also the one to notice that the server shuts down: that ends idle connections like this loop's, but a walsender
 only when its client has confirmed everything, which a sink that is away could hold up for ever (`GuardedSource`).
@@ -15,7 +16,7 @@ import math
 import select
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import psycopg
@@ -28,14 +29,28 @@ from figbridge.forward.guard import SlotGuard, place_of
 from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.incarnation import Place
 from figbridge.metrics import SLOT_STATUSES, Metrics
-from figbridge.preflight import catalogue, stream
-from figbridge.preflight.catalogue import Name, Slot, spell
+from figbridge.preflight import catalogue, membership, stream
+from figbridge.preflight.catalogue import Name, Publication, Slot, Table, spell
+from figbridge.preflight.finding import Finding
+from figbridge.preflight.membership import Held
 from figbridge.retry import persist
 
 _log = structlog.get_logger()
 
 EVERY: Final = 60.0  # seconds between two looks
 _PACE: Final = 1.0  # seconds between two writes of the bound, at least
+_TABLES: Final = ("r", "p")  # relkind of what a publication can hold
+
+
+def _require(findings: Iterable[Finding], since: str = "") -> None:
+    """Raise SourceError for the first one that is an error; `since` is added to its remedy."""
+    for finding in findings:
+        if finding.level == "error":
+            raise SourceError(f"{finding.where} {finding.what}", hint=f"{finding.remedy} {since}".rstrip())
+
+
+def _warn(finding: Finding) -> None:
+    _log.warning("the publication was changed", what=f"{finding.where} {finding.what}", hint=finding.remedy)
 
 
 class SlotWatch:
@@ -62,14 +77,15 @@ class SlotWatch:
         self._next_look = 0.0
         self._looked_at = 0
         self._seen: tuple[float, int] | None = None
-        self._oids: dict[str, int] = {}  # of the publications
+        self._gone: set[Name] = set()  # tables of which the log has said so
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`. Raises SlotLost or SourceError with what to do."""
         try:
             while not stop.is_set():
                 persist(self._round, what="watch the slot", stop=stop)
-                stop.wait(_PACE)
+                if self._looked_at:  # what is changed before the first look is not noticed, so that one must not wait
+                    stop.wait(_PACE)
                 while not (stop.is_set() or self._guard.wanted.wait(0.2) or self._due()):
                     pass
         finally:
@@ -138,42 +154,68 @@ class SlotWatch:
                 raise
             _log.warning("the stream ends: the slot is lost", error=str(gap))  # and `connect` will see to it
             return
-        for name, (tables, operations) in self._published.items():
-            self._look_at(connection, name, tables, operations)
+        self._look_at_publications(connection)
         if self._guard.bound.loose:
             self._guard.move(connection, place)
 
-    def _look_at(
-        self, connection: psycopg.Connection, name: str, tables: Sequence[Name], operations: Sequence[str]
-    ) -> None:
+    def _look_at_publications(self, connection: psycopg.Connection) -> None:
+        before = self._guard.held(connection)
+        now = {name: self._look_at(connection, name, before.get(name)) for name in self._published}
+        if now != before:
+            self._guard.remember(connection, now)
+
+    def _look_at(self, connection: psycopg.Connection, name: str, before: Held | None) -> Held:
+        """What to remember of it. Raises SourceError where changes may be in no event, or leave that must not."""
+        tables, operations = self._published[name]
         with connection.transaction():  # one that is made anew meanwhile must not be seen without its tables
             connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
             found = catalogue.publication(connection, name)
-        if found is None or self._oids.setdefault(name, found.oid) != found.oid:
-            raise SourceError(
-                f"publication {spell(name)} {'was dropped and made anew' if found else 'is gone'}",
-                hint="changes since it was dropped are in no event. Drop the slot, which is older than any made since: "
-                f"SELECT pg_drop_replication_slot('{self._guard.slot}'); then `figbridge init`, and copy the tables "
-                "anew",
-            )
-        for finding in stream.narrow(name, found, operations):
-            if finding.level == "error":
-                remedy = f"{finding.remedy} Changes since then are in no event: copy the tables anew"
-                raise SourceError(f"{finding.where} {finding.what}", hint=remedy)
-        if found.all_tables:
-            return
-        missing = [table for table in tables if table not in found.tables and table[0] not in found.schemas]
+            there = catalogue.tables(connection, tables)
+        if found is None:
+            raise SourceError(f"publication {spell(name)} is gone", hint=membership.renewed(self._guard.slot))
+        accept = self._guard.acceptance
+        if before:
+            _require(membership.gaps(name, found, tables, before, slot=self._guard.slot, accept=accept))
+        _require(stream.too_wide(name, found), "Rows of tables that nobody named may have left since then.")
+        _require(stream.narrow(name, found, operations), membership.consequence(tables, "the tables"))
+        _require(stream.partitions(name, found, there), "Rows since then left under the names of the partitions.")
+        self._look_for_missing(name, found, there, before)
+        if before:
+            for finding in membership.altered(name, found, before):
+                _warn(finding)
+            for table in sorted(found.tables.difference(tables, before.tables)):
+                _warn(stream.unconfigured(name, table))
+        return membership.held(found, tables, before)
+
+    def _look_for_missing(
+        self, publication: str, found: Publication, there: dict[Name, Table], before: Held | None
+    ) -> None:
+        tables, _ = self._published[publication]
+        missing = [name for name in tables if name not in found.tables]
+        names = {member.relation: spell(*name) for name, member in found.members.items()}
+        left = {
+            name: names[before.tables[name].relation]
+            for name in missing
+            if before and name in before.tables and before.tables[name].relation in names
+        }
         # a table that was dropped for good has no changes; one that was made anew under its name has
-        there = catalogue.tables(connection, missing)
-        for table in missing:
-            if table not in there:
-                _log.warning("a table of the file does not exist any more", table=spell(*table))
-        if there:
-            listed = ", ".join(spell(*table) for table in there)
+        gone = {name for name in missing if name not in there}
+        for name in sorted(gone - self._gone):
+            _log.warning("a table of the file does not exist any more", table=spell(*name), renamed_to=left.get(name))
+        self._gone = self._gone.difference(tables) | gone
+        if others := [name for name in missing if name in there and there[name].kind not in _TABLES]:
+            name = others[0]
+            behind = f" The table that it was leaves as {left[name]}." if name in left else ""
             raise SourceError(
-                f"publication {spell(name)} does not publish {listed} any more",
-                hint="it was taken out, or the table was dropped and made anew. Changes of it since then are in no "
-                "event: `figbridge init` adds it, then copy that table anew",
+                f"{spell(*name)} is not a table any more, so publication {spell(publication)} does not publish it",
+                hint="name the tables behind it in legacy.tables, then `figbridge init`. Changes since then of those "
+                f"that were not published are in no event: copy them anew.{behind}",
+            )
+        if lacking := [name for name in missing if name in there]:
+            raise SourceError(
+                f"publication {spell(publication)} does not publish {', '.join(spell(*it) for it in lacking)} any more",
+                hint="it was taken out, or the table was dropped and made anew: `figbridge init` adds it. "
+                + membership.remedy(tables, self._guard.acceptance, lacking),
             )
 
     def _measure(self, slot: Slot | None) -> None:

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import psycopg
 from psycopg import sql
@@ -156,18 +156,27 @@ def suggestion(connection: psycopg.Connection, name: Name) -> str:
     return near[0] if near else ""
 
 
+class Member(NamedTuple):
+    """A table in a publication, by OIDs: its own, and that of the row of pg_publication_rel that puts it there."""
+
+    relation: int
+    row: int
+
+
 @dataclass(frozen=True, slots=True)
 class Publication:
     """A row of pg_publication with what it publishes.
 
-    `narrowed` are the tables with a row filter or a column list. `made_at` is where in the WAL figbridge made it,
-    None when somebody else did.
+    `version` is the xmin of that row. `narrowed` are the tables with a row filter or a column list. `made_at` is where
+    in the WAL figbridge made it, None when somebody else did.
     """
 
     oid: int
+    version: str
     all_tables: bool
     schemas: tuple[str, ...]
     tables: frozenset[Name]
+    members: dict[Name, Member]
     narrowed: tuple[Name, ...]
     operations: frozenset[str]
     via_root: bool
@@ -179,19 +188,19 @@ def publication(connection: psycopg.Connection, name: str) -> Publication | None
     """The publication of that name in this database, if there is one."""
     row = connection.execute(
         """
-        SELECT p.oid::bigint, p.puballtables, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate, p.pubviaroot,
-               pg_has_role(p.pubowner, 'USAGE'), obj_description(p.oid, 'pg_publication')
+        SELECT p.oid::bigint, p.xmin::text, p.puballtables, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate,
+               p.pubviaroot, pg_has_role(p.pubowner, 'USAGE'), obj_description(p.oid, 'pg_publication')
         FROM pg_publication p WHERE p.pubname = %s
         """,
         [name],
     ).fetchone()
     if row is None:
         return None
-    oid, all_tables, *operations, via_root, owned, comment = row
+    oid, version, all_tables, *operations, via_root, owned, comment = row
     # to_jsonb, because prqual and prattrs came with 15
     members = connection.execute(
         """
-        SELECT n.nspname::text, c.relname::text,
+        SELECT n.nspname::text, c.relname::text, c.oid::bigint, r.oid::bigint,
                coalesce(to_jsonb(r) ->> 'prqual', to_jsonb(r) ->> 'prattrs') IS NOT NULL
         FROM pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE r.prpubid = %s ORDER BY 1, 2
@@ -208,10 +217,12 @@ def publication(connection: psycopg.Connection, name: str) -> Publication | None
     made_at = _MADE_AT.match(comment or "")
     return Publication(
         oid=oid,
+        version=version,
         all_tables=all_tables,
         schemas=tuple(schema for (schema,) in schemas),
-        tables=frozenset((schema, table) for schema, table, _ in members),
-        narrowed=tuple((schema, table) for schema, table, narrowed in members if narrowed),
+        tables=frozenset((schema, table) for schema, table, *_ in members),
+        members={(schema, table): Member(relation, row) for schema, table, relation, row, _ in members},
+        narrowed=tuple((schema, table) for schema, table, _, _, narrowed in members if narrowed),
         operations=frozenset(
             word for word, on in zip(("insert", "update", "delete", "truncate"), operations, strict=True) if on
         ),

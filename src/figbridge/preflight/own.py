@@ -94,9 +94,11 @@ OWN: Final[Mapping[str, OwnTable]] = {
         _LETTERS_TOO,
     ),
     "slot_guard": OwnTable(
-        frozenset({"slot", "system_identifier", "timeline", "holder", "acknowledged", "bound", "updated_at"}),
+        frozenset({"slot", "system_identifier", "timeline", "holder", "acknowledged", "bound", "updated_at"})
+        | {"published"},
         frozenset({"slot"}),
         ("SELECT", "INSERT", "UPDATE", "DELETE"),
+        frozenset({"published"}),
     ),
     "table_version": OwnTable(
         frozenset({"slot", "system_identifier", "relation", "commit_lsn", "ordinal", "described"}),

@@ -11,7 +11,7 @@ import psycopg
 
 from figbridge import canary
 from figbridge.config import Config, LegacySection
-from figbridge.preflight import catalogue
+from figbridge.preflight import catalogue, membership
 from figbridge.preflight.catalogue import Name, Publication, Slot, Table, quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
 
@@ -36,7 +36,7 @@ def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name],
     former = {name for it in (config.forward.select if config.forward else ()) for name in it.names}
     yield from _publication(section.publication, publication, names, PUBLISHED, stage, remedy=remedy, former=former)
     if publication:
-        yield from _partitions(section.publication, publication, tables)
+        yield from partitions(section.publication, publication, tables)
     inbox = catalogue.publication(connection, section.inbox_publication) if with_inbox else None
     if with_inbox:
         yield from _publication(section.inbox_publication, inbox, (canary.INBOX, canary.CANARY), MARKS, stage)
@@ -49,11 +49,20 @@ def probe(connection: psycopg.Connection, config: Config, names: Sequence[Name],
     yield from _slot(section, slot, stage)
     if slot and slot.here:
         yield from _order(section, slot, publication, inbox, stage)
+    if slot and slot.here and stage == "run" and config.guards_slot:  # a slot that is made anew begins with a new note
+        published = {
+            section.publication: (names, publication),
+            section.inbox_publication: ((canary.INBOX, canary.CANARY), inbox),
+        }
+        yield from membership.probe(connection, section.slot, published)
 
 
 def probe_guard(config: Config) -> Iterator[Finding]:
     """What nobody would notice."""
-    unnoticed = "that the slot is dropped and made anew, or advanced by another tool, while no bridge runs"
+    unnoticed = (
+        "that the slot is dropped and made anew, or advanced by another tool, or a table taken out of its publication "
+        "for a while, when no bridge runs"
+    )
     if config.forward and config.guards_slot:
         yield ok("forward.slot-guard", f"figbridge.slot_guard notices {unnoticed}")
     elif config.forward and config.forward.slot_guard == "none":
@@ -82,7 +91,7 @@ def _publication(
     if found is None:
         yield ok(place, "will be made") if stage == "init" else error(place, "does not exist", remedy)
         return
-    findings = [*_too_wide(place, name, found), *narrow(name, found, operations)]
+    findings = [*too_wide(name, found), *narrow(name, found, operations)]
     missing = [table for table in names if table not in found.tables]
     if missing and stage == "run" and not found.all_tables:
         listed = ", ".join(spell(*table) for table in missing)
@@ -108,7 +117,9 @@ def unconfigured(name: str, table: Name) -> Finding:
     )
 
 
-def _too_wide(place: str, name: str, found: Publication) -> Iterator[Finding]:
+def too_wide(name: str, found: Publication) -> Iterator[Finding]:
+    """What it publishes beyond tables that somebody named."""
+    place = f"publication {spell(name)}"
     kind = "FOR ALL TABLES" if found.all_tables else "FOR TABLES IN SCHEMA" if found.schemas else ""
     if kind:
         yield error(
@@ -138,7 +149,8 @@ def narrow(name: str, found: Publication, operations: Sequence[str]) -> Iterator
         )
 
 
-def _partitions(name: str, publication: Publication, tables: dict[Name, Table]) -> Iterator[Finding]:
+def partitions(name: str, publication: Publication, tables: dict[Name, Table]) -> Iterator[Finding]:
+    """Whether rows of partitioned `tables` leave under the partitions' names."""
     roots = [str(table) for table in tables.values() if table.kind == "p"]
     if roots and not publication.via_root:
         yield error(
