@@ -222,6 +222,27 @@ def test_only_a_reverse_path_needs_no_slot(shop: Database) -> None:
     assert (made["publications"], made["slots"]) == ([], [])
 
 
+def test_a_table_that_had_a_snapshot_before_is_not_said_to_be_read_again(shop: Database) -> None:
+    config = configured(shop, ["shop.orders"], forward=FORWARD | {"snapshot": "initial"}, reverse=None)
+    provision.initialise(config)
+
+    def added() -> str:
+        shop.execute("ALTER PUBLICATION figbridge DROP TABLE shop.orders")
+        return next(line for line in provision.initialise(config) if "added shop.orders" in line)
+
+    assert "the bridge reads the rows that are there already" in added()
+    shop.execute(
+        "INSERT INTO figbridge.snapshot (slot, system_identifier, schema_name, table_name, run, state) "
+        "SELECT %s, system_identifier::text, 'shop', 'orders', 1, 'done' FROM pg_control_system()",
+        [shop.slot],
+    )
+    line = added()
+    assert "the rows that are there already do not" in line
+    assert "`figbridge snapshot shop.orders` reads them" in line
+    shop.execute("UPDATE figbridge.snapshot SET state = 'waiting'")
+    assert "the bridge reads the rows that are there already" in added()
+
+
 def test_init_brings_an_older_schema_up_to_date_and_keeps_its_rows(each_database: Database) -> None:
     config = configured(each_database, ["shop.orders"], forward=None)
     each_database.execute(DDL)

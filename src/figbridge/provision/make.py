@@ -50,7 +50,7 @@ def initialise(config: Config) -> list[str]:
         slot_was_there = catalogue.slot(connection, config.legacy.slot) is not None
         for name in wanted:
             made = catalogue.publication(connection, name)
-            lines += _told(config, name, before[name], made)
+            lines += _told(connection, config, name, before[name], made)
             if made and made.made_at and before[name] is None and slot_was_there:
                 lines.append(_too_young(config.legacy, name, made))
     return [*lines, *others, *_make_slot(config)] if config.forward else [*lines, *others]
@@ -91,14 +91,16 @@ def _prove_harmless(connection: psycopg.Connection, config: Config, before: Mapp
             raise SetupError("the bridge cannot be set up", [Problem(f"table {name}", what, remedy)]) from error
 
 
-def _told(config: Config, name: str, before: Publication | None, after: Publication | None) -> list[str]:
+def _told(
+    connection: psycopg.Connection, config: Config, name: str, before: Publication | None, after: Publication | None
+) -> list[str]:
     """What became of a publication, in words."""
     tables, _ = statements.publications(config)[name]
     place = f"publication {spell(name)}"
     if before is None:
         return [f"{place}: made for {', '.join(spell(*table) for table in tables)}"]
     lines = [
-        f"{place}: added {spell(*table)}; its changes leave from now on, {_rows_of(config, table)}"
+        f"{place}: added {spell(*table)}; its changes leave from now on, {_rows_of(connection, config, table)}"
         for table in tables
         if table not in before.tables
     ] or [f"{place}: there already"]
@@ -108,9 +110,19 @@ def _told(config: Config, name: str, before: Publication | None, after: Publicat
     return lines
 
 
-def _rows_of(config: Config, table: Name) -> str:
+def _rows_of(connection: psycopg.Connection, config: Config, table: Name) -> str:
     """What becomes of the rows of a table that is added."""
     if config.forward and config.forward.snapshot != "never" and table in config.snapshot_tables:
+        had = connection.execute(
+            "SELECT FROM figbridge.snapshot WHERE (slot, schema_name, table_name) = (%s, %s, %s) "
+            "AND system_identifier = (SELECT system_identifier::text FROM pg_control_system()) AND state <> 'waiting'",
+            [config.legacy.slot, *table],
+        )
+        if had.rowcount:
+            return (
+                "the rows that are there already do not, because a table of that name had a snapshot before: "
+                f"`figbridge snapshot {spell(*table)}` reads them"
+            )
         return "and the bridge reads the rows that are there already once it is started again"
     return "the rows that are there already do not"
 
