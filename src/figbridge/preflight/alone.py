@@ -16,9 +16,11 @@ from figbridge.preflight.catalogue import spell
 from figbridge.preflight.finding import Finding, warning
 
 PLACE: Final = "reverse"
+# not by to_regclass, which raises where the role may not use the schema
 _PUBLICATIONS: Final = """
     SELECT p.pubname::text FROM pg_publication p JOIN pg_publication_rel r ON r.prpubid = p.oid
-    WHERE r.prrelid = to_regclass('figbridge.inbox') AND p.pubname <> ALL (%s) ORDER BY 1
+    JOIN pg_class c ON c.oid = r.prrelid
+    WHERE c.relname = 'inbox' AND c.relnamespace = to_regnamespace('figbridge') AND p.pubname <> ALL (%s) ORDER BY 1
 """
 _ORIGINS: Final = """
     SELECT s.slot_name::text FROM pg_replication_slots s JOIN pg_replication_origin o ON o.roname = %s || s.slot_name
@@ -29,7 +31,7 @@ _CANARIES: Final = """
 """
 _READABLE: Final = """
     SELECT coalesce(has_schema_privilege(c.relnamespace, 'USAGE') AND has_table_privilege(c.oid, 'SELECT'), false)
-    FROM pg_class c WHERE c.oid = to_regclass('figbridge.canary')
+    FROM pg_class c WHERE c.relname = 'canary' AND c.relnamespace = to_regnamespace('figbridge')
 """
 
 

@@ -46,9 +46,11 @@ def _may_go(connection: psycopg.Connection, section: LegacySection, *, keep_sche
             what = f"is somebody else's: {slot.kind}, plugin {slot.plugin}, database {slot.database}"
             problems.append(Problem(f"slot {slot.name}", what, "mend legacy.slot or legacy.dsn"))
     others = connection.execute(
+        # not by to_regclass, which raises where the role may not use the schema
         "SELECT p.pubname::text FROM pg_publication p WHERE p.pubname <> ALL (%s) AND EXISTS (SELECT FROM "
-        "pg_publication_rel r WHERE r.prpubid = p.oid AND r.prrelid = to_regclass(%s)) ORDER BY 1",
-        [[section.publication, section.inbox_publication], quote(*canary.INBOX)],
+        "pg_publication_rel r JOIN pg_class c ON c.oid = r.prrelid WHERE r.prpubid = p.oid "
+        "AND c.relnamespace = to_regnamespace(%s) AND c.relname = %s) ORDER BY 1",
+        [[section.publication, section.inbox_publication], *canary.INBOX],
     ).fetchall()
     if others and not keep_schema:
         what = f"another bridge's publication {', '.join(spell(name) for (name,) in others)} reads it"
