@@ -23,7 +23,8 @@ from psycopg import conninfo, pq, sql
 
 from figbridge import legacy
 from figbridge.change import Lsn
-from figbridge.errors import BridgeError, DecodeError, SlotInUse, SlotLost, SourceDisconnected, SourceError
+from figbridge.errors import BridgeError, DecodeError, SourceDisconnected, SourceError
+from figbridge.forward.interruption import meaning
 from figbridge.forward.liveness import Liveness
 from figbridge.preflight import catalogue
 
@@ -38,11 +39,6 @@ PAYLOAD: Final = 25  # where the payload of an XLogData begins: type, start LSN,
 _KEEPALIVE: Final = struct.Struct(">xQqB")  # end LSN, send time, reply requested
 _STATUS: Final = struct.Struct(">cQQQqB")  # 'r', written, flushed, applied, time, reply requested
 _EPOCH_SECONDS: Final = 946_684_800  # 2000-01-01, the protocol's epoch
-
-# Classes of SQLSTATE with which a stream ends that the next one need not end with: connection, transaction state,
-# conflict with recovery on a standby, resources, object in use, operator, input and output.
-# https://www.postgresql.org/docs/current/errcodes-appendix.html
-_PASSING: Final = ("08", "25", "40", "53", "55", "57", "58")
 
 # What `values` and `_hear` rely on. The walsender prints values under these settings of its session.
 SETTINGS: Final = (
@@ -314,42 +310,8 @@ class ReplicationSource:
         return self._translate(state.decode() if state else None, result.error_message.decode(errors="replace"))
 
     def _translate(self, state: str | None, message: str) -> SourceError:
-        """SQLSTATE → what the caller must do. https://www.postgresql.org/docs/current/errcodes-appendix.html"""
-        text = message.strip()
-        match state:
-            case "55006":
-                return SlotInUse(
-                    f"replication slot {self._slot!r} is in use: {text}",
-                    hint="one bridge at a time reads a slot; this one waits and takes over when the other is gone",
-                )
-            case "42704" if self._streaming:  # the slot was there to start with: pgoutput misses its publication
-                return SourceError(
-                    text,
-                    hint="the publication was dropped, or made after the slot, and changes are in no event; also if "
-                    "there is one again. Only a new slot helps: "
-                    f"SELECT pg_drop_replication_slot('{self._slot}'); then `figbridge init`, and copy the tables anew",
-                )
-            case "42704" | "55000" | "58P01":
-                return SlotLost(
-                    f"replication slot {self._slot!r} cannot be read: {text}",
-                    hint="if it never existed: `figbridge init`. If it was dropped or invalidated, changes since its "
-                    "last confirmed position are gone from the WAL: create it again and reload the tables",
-                )
-            case "0A000" | "42501" | "42601" | "22023":
-                return SourceError(text, hint="`figbridge check` says what is missing")
-            case str() if self._streaming and not state.startswith(_PASSING):
-                failed = SourceDisconnected(
-                    f"the server cannot send the stream: {text} (SQLSTATE {state})",
-                    hint="if it fails at one change each time (a row too large for a message, a filter of the "
-                    "publication that fails), nothing behind it leaves, and only a new slot helps: "
-                    f"SELECT pg_drop_replication_slot('{self._slot}'); then `figbridge init`, and copy the tables anew",
-                )
-                failed.urgent = True
-                return failed
-            case _:
-                why = self._liveness.ended(time.monotonic()) if self._streaming else ""
-                text = f"{text} ({why})" if why else text
-                return SourceDisconnected(f"no replication connection: {text}", hint="the slot keeps our place")
+        why = self._liveness.ended(time.monotonic()) if self._streaming else ""
+        return meaning(state, message.strip(), slot=self._slot, streaming=self._streaming, why=why)
 
 
 def read_keepalive(message: bytes) -> tuple[Lsn, bool]:
