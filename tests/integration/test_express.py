@@ -165,8 +165,28 @@ def test_without_its_prepared_statements_it_goes_on_without_any(shop: Database, 
     assert statements_of(applier) == set()
 
 
+@pytest.mark.parametrize("own_sql", [True, False])
+def test_a_rollback_leaves_what_was_prepared(shop: Database, applier: Applier, *, own_sql: bool) -> None:
+    """The driver forgets those of its own by DEALLOCATE ALL, which would take the wire's with them."""
+    own = mapping(into=None, action=None, key=None, set=None, sql="UPDATE shop.orders SET note = 'seen'")
+    applier.apply_all(works(versioned(), range(3), v=1, status="new"))
+    if own_sql:
+        batch = works(own, range(3))
+        for outcome in (Outcome.APPLIED, Outcome.DUPLICATE):
+            assert {it.outcome for it in applier.apply_all(batch).values()} == {outcome}
+    else:
+        applier.apply_all(works(versioned(), range(3), v=2, status="newer"), hopeful=False)
+        bad = works(versioned(), range(1), v=3, n="no number")
+        assert {it.reason for it in applier.apply_all(bad, hopeful=False).values()} == {"22P02"}
+    for version in (4, 5, 6):  # after a disappointment the next one or two are done step by step
+        assert set(applier.apply_all(works(versioned(), range(3), v=version, status="newest")).values()) == {DONE}
+    assert orders(shop) == [(number, "newest") for number in range(3)]
+    assert statements_of(applier) == {"BEGIN", "SELECT", "INSERT"}
+    assert applier.connection().prepare_threshold is not None
+
+
 @pytest.mark.parametrize("hopeful", [True, False])
-@pytest.mark.parametrize(("bad", "state"), [("sql", "26000"), ("trigger", "42P05")])
+@pytest.mark.parametrize(("bad", "state"), [("sql", "26000"), ("trigger", "42P05"), ("raise", "26000")])
 def test_a_statement_that_somebody_else_prepared_or_did_not_is_the_events_fault(
     shop: Database, applier: Applier, bad: str, state: str, *, hopeful: bool
 ) -> None:
@@ -178,6 +198,10 @@ def test_a_statement_that_somebody_else_prepared_or_did_not_is_the_events_fault(
         END $$;
         CREATE TRIGGER twice BEFORE INSERT ON shop.orders
             FOR EACH ROW WHEN (NEW.status = 'trigger') EXECUTE FUNCTION shop.twice();
+        CREATE FUNCTION shop.refuse() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN RAISE 'not this one' USING ERRCODE = '26000'; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON shop.orders
+            FOR EACH ROW WHEN (NEW.status = 'raise') EXECUTE FUNCTION shop.refuse();
     """)
     own = mapping(into=None, action=None, key=None, set=None, sql="EXECUTE refresh_totals")
     batch = works(versioned(), range(4), v=1, status="new")

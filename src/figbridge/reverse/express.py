@@ -38,7 +38,8 @@ from figbridge.reverse.transaction import Suspects
 from figbridge.reverse.wire import Wire
 
 _NOT_PREPARED: Final = ("26000", "42P05")  # invalid_sql_statement_name, duplicate_prepared_statement
-_OURS: Final = ("figbridge_", "_pg3_")  # what names of prepared statements begin with: the wire's, and psycopg's
+# the names of prepared statements: the wire's, and psycopg's; how they are quoted depends on the server's language
+_OURS: Final = re.compile(r"\b(figbridge|_pg3)_\d+\b")
 _MOST = 64  # batches without hope after those that disappointed
 
 
@@ -48,8 +49,7 @@ def session_swapped(error: psycopg.Error) -> bool:
     Then somebody between us and the server hands sessions around, and did not show it (`legacy.direct`). A trigger and
     the user's SQL may prepare and execute statements, too, and fail with the same states.
     """
-    named = re.search('"(.+)"', error.diag.message_primary or "")
-    return error.sqlstate in _NOT_PREPARED and (named is None or named[1].startswith(_OURS))
+    return error.sqlstate in _NOT_PREPARED and _OURS.search(error.diag.message_primary or "") is not None
 
 
 class Hope:
@@ -204,13 +204,13 @@ class Lane:
 def _run_by_driver(
     connection: psycopg.Connection, parcel: Parcel, begin: Sequence[bytes], on_step: Callable[[str], None]
 ) -> dict[Work, Applied] | None:
-    """As `Lane.run`, with the user's own SQL, whose parameters are psycopg's."""
+    """As `Lane.run`, with the user's own SQL, whose parameters are psycopg's. Nothing is prepared: see the wire."""
 
-    def send(query: str | bytes, parameters: Any = None, *, prepare: bool = False) -> Any:
+    def send(query: str | bytes, parameters: Any = None, *, prepare: bool = False) -> Any:  # noqa: ARG001
         # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
         ours = not isinstance(parameters, Mapping)
         cursor: psycopg.Cursor[Any] = psycopg.RawCursor(connection) if ours else psycopg.Cursor(connection)
-        cursor.execute(query, parameters, prepare=prepare)
+        cursor.execute(query, parameters, prepare=False)
         return cursor
 
     sent = _Sent(parcel, send)

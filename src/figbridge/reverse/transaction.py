@@ -221,7 +221,7 @@ def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Namin
     todo = statements(works) if naming is None else [*named(works, naming)]
     try:
         with connection.pipeline() if len(todo) > 1 else contextlib.nullcontext():
-            send(connection, todo, sent)
+            send(connection, todo, sent, prepare=naming is not None)
     except psycopg.Error as error:
         if sent[-1].shape is not None:  # with the user's own SQL the driver may have a right to complain
             raise_if_bug(error)
@@ -238,13 +238,16 @@ def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Namin
     return read(works, sent)
 
 
-def send(connection: psycopg.Connection, todo: Iterable[Todo], sent: list[Sent]) -> None:
-    """Execute `todo`; what was sent is appended to `sent`, the one that failed too."""
+def send(connection: psycopg.Connection, todo: Iterable[Todo], sent: list[Sent], *, prepare: bool) -> None:
+    """Execute `todo`; what was sent is appended to `sent`, the one that failed too.
+
+    `prepare` is for a connection that no wire uses, as where each work stands alone behind its name (`wire`).
+    """
     for query, parameters, shape, members in todo:
         # RawCursor: our SQL has $1 and no %s, so a % in a column's name is a % and not a placeholder
         cursor = psycopg.Cursor(connection) if shape is None else psycopg.RawCursor(connection)
         sent.append(Sent(cursor, query, shape, members))
-        cursor.execute(query, parameters, prepare=keeps_plan(shape))
+        cursor.execute(query, parameters, prepare=prepare and keeps_plan(shape))
 
 
 def keeps_plan(shape: Shape | None) -> bool:

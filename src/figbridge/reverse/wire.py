@@ -4,7 +4,8 @@ psycopg's own pipeline would do, but for two things. It gives Python's lock away
 it back from the thread that parses the next batch, while the server waits; and it cannot wait for one answer and leave
 those behind it to come. https://www.postgresql.org/docs/current/libpq-pipeline-mode.html
 
-INVARIANT. Between `enter` and `leave` the connection is not psycopg's to use.
+INVARIANT. Between `enter` and `leave` the connection is not psycopg's to use. And psycopg prepares nothing on it: after
+a ROLLBACK, DROP or ALTER it forgets its statements by DEALLOCATE ALL, which would take those of the wire with them.
 """
 
 import contextlib
