@@ -181,7 +181,7 @@ class Metrics:
             self.outcomes.labels(outcome)
         self.ignored = self._counter(
             "reverse_ignored",
-            "Events without an effect, by reason: unmapped, stale_version, delete_missing.",
+            "Events without an effect, by reason: unmapped, stale_version, delete_missing, suppressed.",
             "reason",
         )
         self.conflicts = self._counter(

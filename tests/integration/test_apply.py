@@ -17,9 +17,11 @@ from figbridge import legacy
 from figbridge.config import MappingSection
 from figbridge.errors import BridgeError, LegacyUnavailable
 from figbridge.event import Received
+from figbridge.reverse import suppressed
 from figbridge.reverse.apply import Applied, Applier, Outcome
 from figbridge.reverse.mapping import Mapping
 from figbridge.reverse.message import Malformed, parse
+from figbridge.reverse.statement import Statement
 from fixtures.postgres import Database
 
 SHOP = """
@@ -381,6 +383,53 @@ def test_an_update_before_its_insert_waits_and_leaves_no_claim(each_shop: Databa
     assert applier.apply(event({"id": 1, "status": "new"}), mapping("insert")).outcome is Outcome.APPLIED
     assert applier.apply(update, mapping("update")).outcome is Outcome.APPLIED
     assert orders(each_shop) == [(1, "paid")]
+
+
+def test_an_update_that_a_trigger_suppresses_is_done(each_shop: Database, make: Make) -> None:
+    each_shop.execute("""
+        CREATE FUNCTION shop.keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER keep BEFORE UPDATE ON shop.orders
+            FOR EACH ROW WHEN (OLD.status = 'closed') EXECUTE FUNCTION shop.keep();
+        INSERT INTO shop.orders (id, status) VALUES (1, 'closed'), (2, 'new');
+    """)
+    applier, update = make(each_shop), mapping("update")
+    both = [update.prepare(event({"id": number, "status": "paid"})) for number in (1, 2)]
+    missing = update.prepare(event({"id": 3, "status": "paid"}))
+    found = applier.apply_all([*both, missing])
+    assert [(found[it].outcome.value, found[it].reason) for it in [*both, missing]] == [
+        ("ignored", "suppressed"), ("applied", ""), ("retried", "update_missing"),
+    ]  # fmt: skip
+    assert applier.apply_all(both[:1])[both[0]].outcome is Outcome.DUPLICATE
+    assert orders(each_shop) == [(1, "closed"), (2, "paid")]
+
+
+def test_what_a_trigger_does_in_the_place_of_an_update_is_committed_once(shop: Database, make: Make) -> None:
+    shop.execute("""
+        CREATE VIEW shop.overview AS SELECT id, status, count(*) FROM shop.orders GROUP BY id, status;
+        CREATE TABLE shop.asked (id bigint, status text);
+        CREATE FUNCTION shop.ask() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN INSERT INTO shop.asked VALUES (NEW.id, NEW.status); RETURN NULL; END $$;
+        CREATE TRIGGER ask INSTEAD OF UPDATE ON shop.overview FOR EACH ROW EXECUTE FUNCTION shop.ask();
+        INSERT INTO shop.orders (id, status) VALUES (1, 'new');
+    """)
+    update = mapping("update", "shop.overview", set={"status": "detail.status"})
+    found = make(shop).apply(event({"id": 1, "status": "paid"}), update)
+    assert (found.outcome, found.reason) == (Outcome.IGNORED, "suppressed")
+    assert shop.execute("SELECT id, status FROM shop.asked") == [(1, "paid")]
+
+
+def test_a_row_that_comes_right_behind_its_update_is_updated(
+    shop: Database, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = suppressed.there
+
+    def come(*arguments: Any) -> frozenset[Statement]:
+        shop.execute("INSERT INTO shop.orders (id, status) VALUES (1, 'new') ON CONFLICT DO NOTHING")
+        return look(*arguments)
+
+    monkeypatch.setattr(suppressed, "there", come)
+    assert make(shop).apply(event({"id": 1, "status": "paid"}), mapping("update")).outcome is Outcome.APPLIED
+    assert orders(shop) == [(1, "paid")]
 
 
 @pytest.mark.parametrize("deferred", [False, True])

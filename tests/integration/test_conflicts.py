@@ -316,6 +316,19 @@ def test_a_lock_that_is_held_too_long_holds_up_only_its_event(shop: Database, ap
     assert found[4] == ("retried", "55P03")
 
 
+def test_a_row_that_was_compared_and_whose_update_a_trigger_suppresses_is_not_missing(
+    shop: Database, applier: Applier
+) -> None:
+    made(shop, 1, 2)
+    shop.execute("""
+        CREATE FUNCTION shop.keep() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;
+        CREATE TRIGGER keep BEFORE UPDATE ON shop.orders
+            FOR EACH ROW WHEN (OLD.id = 1) EXECUTE FUNCTION shop.keep();
+    """)
+    works = [work(ruled(), str(number), id=number, status="b", before=SEEN) for number in (1, 2)]
+    assert outcomes(applier, works) == [("ignored", "suppressed"), APPLIED]
+
+
 def test_a_missing_row_is_waited_for_unless_a_rule_says_otherwise(shop: Database, applier: Applier) -> None:
     assert outcomes(applier, [work(ruled(), "1", id=1, status="a", before=SEEN)]) == [("retried", "update_missing")]
     assert kept(shop) == []

@@ -41,6 +41,9 @@ def filled(database: Database) -> Database:
         CREATE FUNCTION shop.touch() RETURNS trigger LANGUAGE plpgsql AS
             'BEGIN NEW.touched := NEW.status; RETURN NEW; END';
         CREATE TRIGGER touch BEFORE INSERT OR UPDATE ON shop.orders FOR EACH ROW EXECUTE FUNCTION shop.touch();
+        CREATE FUNCTION shop.keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER keep BEFORE UPDATE ON shop.orders
+            FOR EACH ROW WHEN (NEW.status = 'keep') EXECUTE FUNCTION shop.keep();
         CREATE TABLE shop.late (id int PRIMARY KEY, n int UNIQUE DEFERRABLE INITIALLY DEFERRED);
         INSERT INTO shop.orders (id, status, note, quantity) VALUES (1, 'new', 'n', 5), (2, 'new', 'n', 5);
         INSERT INTO shop.late VALUES (1, 1)
@@ -277,6 +280,7 @@ def test_events_of_a_batch_see_each_other(shop: Database, tmp_path: Path) -> Non
         (body("1", id=1, v=1, n="many"), "dead_letter", "22P02"),
         (b"no event", "dead_letter", "malformed"),
         (body("1", "gone", id=9), "ignored", "delete_missing"),
+        (body("1", "changed", id=1, status="keep", entity="e"), "ignored", "suppressed"),
         (body("1", "unique", id=2, n=1), "ignored", "unique_other"),
     ],
     ids=lambda it: it if isinstance(it, str) else "",

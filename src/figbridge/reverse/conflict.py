@@ -83,6 +83,8 @@ class Conflicts:
     def __init__(self) -> None:
         self._kept: list[bytes] = []
         self._known: set[tuple[str, str]] = set()
+        # updates whose row is there for as long as matters here: it is locked, or looked at
+        self._there: frozenset[Statement] = frozenset()
 
     def look(self, connection: psycopg.Connection, works: Sequence[Work]) -> None:
         """See `Examiner.look`."""
@@ -113,8 +115,10 @@ class Conflicts:
         """See `Examiner.execute`."""
         outcomes: dict[Work, Applied] = {}
         for run in _runs(works):
-            write = self._judged if run[0].expected else transaction.execute
-            outcomes |= write(connection, run, naming)
+            if run[0].expected:
+                outcomes |= self._judged(connection, run, naming)
+            else:
+                outcomes |= transaction.execute(connection, run, naming, self._there)
         return outcomes
 
     def finish(self, connection: psycopg.Connection) -> bool:
@@ -203,6 +207,7 @@ class Conflicts:
         originals: dict[Work, Work] = {}
         for work, mine in tasks.items():
             judged = [task for task in mine if task]
+            self._there |= {task.verdict.statement for task in judged if task.found and task.verdict.statement}
             rejected = any(task.verdict.rejected for task in judged)
             conflicts = []
             for number, task in enumerate(mine, 1):
@@ -224,7 +229,7 @@ class Conflicts:
         if not originals:
             return outcomes
         try:
-            written = transaction.execute(connection, list(originals), naming)
+            written = transaction.execute(connection, list(originals), naming, self._there)
         except Suspects as suspects:
             raise Suspects(
                 [originals[it] for it in suspects.works],

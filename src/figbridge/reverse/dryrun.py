@@ -78,6 +78,12 @@ class Shadow(Conflicts):
         """See `Examiner.execute`."""
         self._works += works
         before = self._rows(connection, works)
+        self._there = frozenset(
+            it
+            for work in works
+            for number, it in enumerate(work.statements, 1)
+            if isinstance(it, Statement) and before.get((work, number, ".".join(it.shape.table)))
+        )
         outcomes = super().execute(connection, works, naming)
         after = self._rows(connection, works)
         for (work, number, table), rows in before.items():

@@ -32,7 +32,7 @@ import psycopg
 from psycopg.pq import TransactionStatus
 
 from figbridge.errors import LegacyUnavailable
-from figbridge.reverse import claim
+from figbridge.reverse import claim, suppressed
 from figbridge.reverse.group import Naming, Todo, named, segments, statements
 from figbridge.reverse.mapping import Work
 from figbridge.reverse.outcome import (
@@ -115,6 +115,26 @@ def run(
     is done, and the outcomes are of those that wait alone. Raises Suspects, LegacyUnavailable, or psycopg.Error; after
     an error the transaction is still open.
     """
+    try:
+        return _run(connection, works, begin, on_step, naming=naming, examiner=examiner)
+    except Suspects as suspects:
+        if examiner or len(works) > 1 or not _there(connection, works, suspects):
+            raise
+    connection.execute("ROLLBACK")
+    return _run(connection, works, [suppressed.BEGIN, *begin[1:]], on_step, naming=naming, stable=True)
+
+
+def _run(
+    connection: psycopg.Connection,
+    works: Sequence[Work],
+    begin: Sequence[bytes],
+    on_step: Callable[[str], None],
+    *,
+    naming: Naming | None = None,
+    examiner: Examiner | None = None,
+    stable: bool = False,
+) -> dict[Work, Applied]:
+    """As `run`; `stable`: the transaction sees one state of the tables, so it knows which rows are there."""
     fresh, outcomes = _claim(connection, works, begin)
     waiting = {work: it for work, it in outcomes.items() if it.outcome is Outcome.RETRY} if outcomes else {}
     if waiting and any(work.group is not None for work in fresh):
@@ -127,13 +147,24 @@ def run(
         if len(newer) < len(segment):
             stale = set(segment).difference(newer)
             outcomes |= examiner.stale(stale) if examiner else dict.fromkeys(stale, STALE)
-        if newer:
-            outcomes |= examiner.execute(connection, newer, naming) if examiner else execute(connection, newer, naming)
+        if newer and examiner:
+            outcomes |= examiner.execute(connection, newer, naming)
+        elif newer:
+            there = suppressed.there(connection, newer[0].statements) if stable else frozenset()
+            outcomes |= execute(connection, newer, naming, there)
     if (examiner and not examiner.finish(connection)) or not any(work in outcomes for work in fresh):
         connection.execute("ROLLBACK")
         return outcomes
     _commit(connection, fresh, on_step)
     return outcomes
+
+
+def _there(connection: psycopg.Connection, works: Sequence[Work], suspects: Suspects) -> bool:
+    """Whether a row that `suspects` lack is there all the same. Raises Suspects."""
+    try:
+        return bool(suspects.awaited and suppressed.there(connection, suspects.awaited.values()))
+    except psycopg.Error as error:
+        raise Suspects(works, error) from error
 
 
 def _commit(connection: psycopg.Connection, works: Sequence[Work], on_step: Callable[[str], None]) -> None:
@@ -215,8 +246,16 @@ class Sent(NamedTuple):
     members: list[Work]
 
 
-def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Naming | None) -> dict[Work, Applied]:
-    """Run the statements of `works`; raises Suspects when one fails or finds no row to update."""
+def execute(
+    connection: psycopg.Connection,
+    works: Sequence[Work],
+    naming: Naming | None,
+    there: frozenset[Statement] = frozenset(),
+) -> dict[Work, Applied]:
+    """Run the statements of `works`; raises Suspects when one fails or finds no row to update.
+
+    `there` are updates whose row is there for as long as the transaction lasts (`suppressed`).
+    """
     sent: list[Sent] = []
     todo = statements(works) if naming is None else [*named(works, naming)]
     try:
@@ -235,7 +274,7 @@ def execute(connection: psycopg.Connection, works: Sequence[Work], naming: Namin
         raise Suspects(
             works, psycopg.errors.InvalidTransactionTermination("the SQL has ended the bridge's transaction")
         )
-    return read(works, sent)
+    return read(works, sent, there)
 
 
 def send(connection: psycopg.Connection, todo: Iterable[Todo], sent: list[Sent], *, prepare: bool) -> None:
@@ -255,8 +294,11 @@ def keeps_plan(shape: Shape | None) -> bool:
     return shape is not None and not shape.finds
 
 
-def read(works: Sequence[Work], sent: Sequence[Sent]) -> dict[Work, Applied]:
-    """Which rows were found; raises Suspects with those that were to be updated and are not there."""
+def read(works: Sequence[Work], sent: Sequence[Sent], there: frozenset[Statement] = frozenset()) -> dict[Work, Applied]:
+    """Which rows were found; raises Suspects with those that were to be updated and are not there.
+
+    `there` as for `execute`.
+    """
     outcomes = dict.fromkeys(works, DONE)
     missing: dict[Work, Statement] = {}
     suspected: list[Work] = []
@@ -265,15 +307,21 @@ def read(works: Sequence[Work], sent: Sequence[Sent]) -> dict[Work, Applied]:
             continue
         found = {number for (number,) in cursor.fetchall()}
         lacking = [work for number, work in enumerate(members, 1) if number not in found]
-        if shape.action == "update":
-            missing |= {work: _statement_of(work, shape) for work in lacking}
-            # all of them: of two spellings of one key ("7" and "007") an UPDATE takes either, and order has to decide
-            suspected += members if lacking else ()
+        if not lacking:
             continue
+        if shape.action == "update":
+            awaited = {work: _statement_of(work, shape) for work in lacking}
+            # of two spellings of one key ("7" and "007") an UPDATE takes either, and order has to decide: all of them
+            # are suspects, and none is suppressed
+            if len(members) > 1 or not there >= {*awaited.values()}:
+                missing |= awaited
+                suspected += members
+            without = suppressed.of(shape)
+        else:
+            without = Applied(Outcome.IGNORED, DELETE_MISSING, f"no row of {'.'.join(shape.table)} has this key")
         for work in lacking:
             if len(work.statements) == 1:  # of several, the others did their part
-                message = f"no row of {'.'.join(shape.table)} has this key"
-                outcomes[work] = Applied(Outcome.IGNORED, DELETE_MISSING, message)
+                outcomes[work] = without
     if missing:
         raise Suspects(suspected, awaited=missing)
     return outcomes
