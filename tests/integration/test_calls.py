@@ -73,6 +73,20 @@ def test_its_statements_run_with_the_others_in_one_transaction(shop: Database) -
     assert shop.execute("SELECT id FROM shop.customers ORDER BY 1") == [(7,), (8,)]
 
 
+def test_what_one_event_sets_for_its_transaction_does_not_reach_its_neighbours(shop: Database) -> None:
+    shop.execute("""
+        CREATE FUNCTION shop.sign() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN NEW.name := current_setting('app.user', true); RETURN NEW; END $$;
+        CREATE TRIGGER sign BEFORE INSERT ON shop.customers FOR EACH ROW EXECUTE FUNCTION shop.sign();
+    """)
+    says = "SELECT set_config('app.user', 'alice', true)"
+    bodies = [body(str(number), customer=number, lines=[], share=1) for number in range(4)]
+    bodies[1] = body("1", customer=1, lines=[], share=1, raw=says)
+    assert consume(shop, bodies) == []
+    named = shop.execute("SELECT id FROM shop.customers WHERE name = 'alice'")
+    assert (named, shop.execute("SELECT count(*) FROM shop.customers")) == ([(1,)], [(4,)])
+
+
 @pytest.mark.parametrize(
     ("detail", "reason", "says"),
     [

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from figbridge.config import MappingSection, split_table
+from figbridge.config import MappingSection, own_sql, split_table
 from fixtures.configured import LEGACY, MAPPING, mapping, parse, problems, reverse, tree
 
 # --- the fields' own rules
@@ -283,6 +283,7 @@ OWN: dict[str, Any] = {"match": MAPPING["match"]}
         ("SELECT E'\\'', 1; ROLLBACK -- '", "contains ROLLBACK"),
         ("SELECT $$'$$, $a$ $$ $a$, a$a$a; ROLLBACK", "contains ROLLBACK"),
         ("SELECT '\\'; ROLLBACK; SELECT '", "contains ROLLBACK"),
+        ("set transaction READ ONLY", "contains SET TRANSACTION"),
         ("COPY shop.orders FROM STDIN", "contains a COPY"),
         ("copy (SELECT 1) to -- all\n stdout csv", "contains a COPY"),
         *((it, "sets the session") for it in (
@@ -295,6 +296,23 @@ OWN: dict[str, Any] = {"match": MAPPING["match"]}
 def test_sql_that_ends_the_bridges_transaction_is_refused(sql: str, said: str) -> None:
     found = problems(reverse(OWN | {"sql": sql}))
     assert any(said in it.what and "write" in it.remedy for it in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("sql", "sets"),
+    [
+        ("SET LOCAL ROLE app", True),
+        ("-- who\n SET LOCAL app.user = 'a'; UPDATE a SET b = 1", True),
+        ("SELECT Set_Config('app.user', %(u)s, true)", True),
+        ("SELECT pg_catalog.set_config('app.user', 'a', true)", True),
+        ("RESET ROLE", True),
+        ("DO $$ BEGIN SET LOCAL app.user = 'a'; END $$", True),
+        ("UPDATE a SET b = 1 WHERE c = 'set_config'; -- SET", False),
+        ("INSERT INTO a VALUES (1) ON CONFLICT DO NOTHING", False),
+    ],
+)
+def test_sql_that_sets_something_for_its_transaction_is_known(sql: str, *, sets: bool) -> None:
+    assert own_sql.sets(sql) is sets
 
 
 @pytest.mark.parametrize(

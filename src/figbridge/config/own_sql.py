@@ -21,6 +21,7 @@ _TOKEN: Final = re.compile(
     | ' (?: [^'] | '' )* (?: '|\Z)
     | " (?: [^"] | "" )* (?: "|\Z)
     | (?P<dollars> \$ (?: [^\W\d]\w* )? \$ ) .*? (?: (?P=dollars) | \Z )
+    | %\( [^)]* \)s
     | (?P<word> [^\W\d][\w$]* )
     | (?P<end> ; )
     """,
@@ -28,8 +29,9 @@ _TOKEN: Final = re.compile(
 )
 _NESTED: Final = re.compile(r"/\*|\*/")
 _TRANSACTION: Final = frozenset({"ABORT", "BEGIN", "COMMIT", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START"})
-# of one transaction: SET LOCAL …, SET CONSTRAINTS …, SET TRANSACTION …
-_PASSING: Final = frozenset({"LOCAL", "CONSTRAINTS", "TRANSACTION"})
+# of one transaction: SET LOCAL …, SET CONSTRAINTS …
+_PASSING: Final = frozenset({"LOCAL", "CONSTRAINTS"})
+_SETTING: Final = frozenset({"SET", "RESET", "DO"})
 _CLIENT: Final = frozenset({(way, end) for way in ("FROM", "TO") for end in ("STDIN", "STDOUT")})
 
 
@@ -41,12 +43,22 @@ def refused(query: str) -> tuple[str, str] | None:
         if first in _TRANSACTION or words[:2] == ["PREPARE", "TRANSACTION"]:
             what = f"contains {first}, but the transaction is the bridge's and may hold other events"
             return what, "statements without it"
+        if first == "SET" and words[1:2] == ["TRANSACTION"]:  # READ ONLY: no claim of an event could be kept
+            return "contains SET TRANSACTION, but the transaction is the bridge's", "statements without it"
         if (first == "SET" and _PASSING.isdisjoint(words[1:2])) or ("SET_CONFIG", "FALSE") in itertools.pairwise(words):
-            what = "sets the session, which goes on with other events"
-            return what, "SET LOCAL, or set_config(…, true), and RESET behind it: the transaction may hold others, too"
+            return "sets the session, which goes on with other events", "SET LOCAL, or set_config(…, true)"
         if first == "COPY" and not _CLIENT.isdisjoint(itertools.pairwise(words)):
             return "contains a COPY from or to the client, but the bridge has no data for it and wants none", "INSERT"
     return None
+
+
+@functools.lru_cache(maxsize=1024)
+def sets(query: str) -> bool:
+    """Whether SQL of a mapping may set what lasts until the transaction ends, and so is to have one of its own.
+
+    It is not told by what a function does, and of a DO block nothing is known.
+    """
+    return any(words[0] in _SETTING or "SET_CONFIG" in words for words in _statements(query))
 
 
 def _statements(query: str) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ from typing import Final
 
 import structlog
 
+from figbridge.config import own_sql
 from figbridge.deadletter import DeadLetter, position_of
 from figbridge.event import Named
 from figbridge.reverse.express import Parcel
@@ -52,7 +53,8 @@ class Part:
 def cut(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
     """Those of `items` that have a work, for a transaction each: at most `most`, and no more than one statement takes.
 
-    The events of one statement are one JSON array, and the server drops the connection at a message of 1 GB.
+    The events of one statement are one JSON array, and the server drops the connection at a message of 1 GB. An event
+    whose own SQL sets something for the transaction, such as a variable that a trigger reads, has it for itself.
     """
     part: list[Item] = []
     size = 0
@@ -60,11 +62,15 @@ def cut(items: Iterable[Item], most: int) -> Iterator[list[Item]]:
         if item.work is None:
             continue
         own = sum([_size(it) for it in item.work.statements])
-        if part and (len(part) == most or size + own > _MOST):
+        alone = not item.work.mapping.plain and _sets(item.work)
+        if part and (alone or len(part) == most or size + own > _MOST):
             yield part
             part, size = [], 0
         part.append(item)
         size += own
+        if alone:
+            yield part
+            part, size = [], 0
     if part:
         yield part
 
@@ -73,6 +79,10 @@ def _size(statement: Statement | Free) -> int:
     if isinstance(statement, Statement):
         return len(statement.document)
     return sum([len(it) for it in statement.parameters.values() if it is not None])
+
+
+def _sets(work: Work) -> bool:
+    return any(isinstance(it, Free) and own_sql.sets(it.query) for it in work.statements)
 
 
 def broken(mapping: Mapping) -> Applied:

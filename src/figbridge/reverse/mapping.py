@@ -110,6 +110,7 @@ class Mapping:
         self.spelling: MappingOf[str, Spell] = {}
         # why it cannot be used as the tables are, None when it can
         self.broken: str | None = None
+        self.plain = all(isinstance(part, Row) for part in self._parts)  # whether none of its SQL is the user's own
         self.deletes = isinstance(first, Row) and first.action in {"delete", "soft"}
         self._takes_claim_checks = all(
             isinstance(part, Call) or (isinstance(part, Row) and part.action == "delete") for part in self._parts
