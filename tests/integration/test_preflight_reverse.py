@@ -75,6 +75,36 @@ def test_a_mapping_that_cannot_work(shop: Database, case: str) -> None:
     assert found.errors == [f"reverse.mappings.0{place}"]
 
 
+@pytest.mark.pg(">= 18")
+def test_a_key_without_overlaps_names_a_row_but_not_for_an_upsert(shop: Database) -> None:
+    shop.execute("""
+        CREATE TABLE shop.booked (id int4range, during tstzrange, status text,
+                                  PRIMARY KEY (id, during WITHOUT OVERLAPS))
+    """)
+    found = mapped(shop, mapping("shop.booked", "upsert", ["id", "during"], ["status"]))
+    assert "on exactly (id, during)" in found.only("error", "reverse.mappings.0.key").what
+    assert mapped(shop, mapping("shop.booked", "update", ["id", "during"], ["status"])).only("ok", "reverse.mappings.0")
+
+
+def test_an_upsert_does_not_see_rows_of_tables_that_inherit(shop: Database) -> None:
+    shop.execute("CREATE TABLE shop.archived (PRIMARY KEY (id)) INHERITS (shop.orders)")
+    found = mapped(shop, mapping("shop.orders", "upsert", ["id"], ["status"]))
+    assert "shop.archived" in found.only("warning", "reverse.mappings.0.into").what
+    assert mapped(shop, mapping("shop.orders", "update", ["id"], ["status"])).only("ok", "reverse.mappings.0")
+
+
+def test_row_level_security_hides_rows_from_the_role(shop: Database) -> None:
+    tree = mapping("shop.orders", "update", ["id"], ["status"])
+    shop.execute("ALTER TABLE shop.orders ENABLE ROW LEVEL SECURITY")
+    assert mapped(shop, tree).only("ok", "reverse.mappings.0"), "a superuser sees everything"
+    with role(shop, "LOGIN") as (name, dsn):
+        shop.execute(f"GRANT USAGE ON SCHEMA shop TO {name}; GRANT ALL ON shop.orders TO {name}")
+        config = config_of(dsn, slot=shop.slot, mappings=[tree])
+        found = inspected(config, "run").only("warning", "reverse.mappings.0.into")
+        assert "row-level security of shop.orders" in found.what
+        assert f'ALTER ROLE "{name}" BYPASSRLS' in found.remedy
+
+
 def test_a_mapping_that_does_not_fit_stands_in_nobodys_way(shop: Database) -> None:
     wrong = mapping("shop.orders", "update", ["id"], ["stauts"])
     findings = preflight.require(config_of(shop.dsn, slot=shop.slot, mappings=[wrong]), "run")

@@ -13,7 +13,7 @@ from psycopg.rows import class_row
 
 from figbridge import canary, legacy
 from figbridge.config import Config, MappingSection, StatementSection, split_table
-from figbridge.preflight import catalogue, conflict, dryrun, rewritten
+from figbridge.preflight import catalogue, conflict, dryrun, rewritten, unreached
 from figbridge.preflight.catalogue import Name, Table, quote, spell
 from figbridge.preflight.finding import Finding, Stage, error, ok, warning
 from figbridge.preflight.own import OWN, own_tables
@@ -193,6 +193,7 @@ def _mapping(connection: psycopg.Connection, place: str, mapping: StatementSecti
     yield from _rights(connection, place, mapping, table, columns)
     if mapping.key.keys() <= columns.keys():
         yield from _key(connection, place, mapping, table)
+    yield from unreached.probe(connection, place, mapping, table)
     if mapping.rules:
         unique = _unique_keys(connection, table)
         yield from conflict.probe(connection, place, mapping, table, columns=columns.keys(), unique=unique)
@@ -265,14 +266,15 @@ def _rights(
 def _key(connection: psycopg.Connection, place: str, mapping: StatementSection, table: Table) -> Iterator[Finding]:
     if table.kind == "v" or not mapping.key:
         return  # a view has no index to look at
-    keys, unique = frozenset(mapping.key), _unique_keys(connection, table)
+    upsert = mapping.action == "upsert"
+    keys, unique = frozenset(mapping.key), _unique_keys(connection, table, arbiters=upsert)
     listed = ", ".join(mapping.key)
-    if mapping.action == "upsert" and keys not in unique:
+    if upsert and keys not in unique:
         yield error(
             f"{place}.key",
             f"no unique index of {table} is on exactly ({listed}), so ON CONFLICT cannot find the row",
             f"use the columns of one ({'; '.join(', '.join(sorted(it)) for it in unique) or 'there is none'}), "
-            "or let the owner add one (partial, deferrable and expression indexes do not count)",
+            "or let the owner add one (partial, deferrable, expression and WITHOUT OVERLAPS indexes do not count)",
         )
     elif not any(found <= keys for found in unique):
         yield warning(
@@ -306,18 +308,22 @@ def _columns(connection: psycopg.Connection, table: Table) -> list[Column]:
         ).fetchall()
 
 
-def _unique_keys(connection: psycopg.Connection, table: Table) -> list[frozenset[str]]:
-    """The column sets that ON CONFLICT may name: https://www.postgresql.org/docs/current/sql-insert.html."""
+def _unique_keys(connection: psycopg.Connection, table: Table, *, arbiters: bool = True) -> list[frozenset[str]]:
+    """The column sets that ON CONFLICT may name: https://www.postgresql.org/docs/current/sql-insert.html.
+
+    Without `arbiters` also the keys WITHOUT OVERLAPS, which name one row and cannot be named by ON CONFLICT.
+    """
     rows = connection.execute(
         """
         SELECT ARRAY(SELECT a.attname::text FROM pg_attribute a
                      WHERE a.attrelid = i.indrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1]))
         FROM pg_index i
         WHERE i.indrelid = %s AND i.indisunique AND i.indisvalid AND i.indimmediate
+          AND (%s OR NOT i.indisexclusion)
           AND i.indpred IS NULL AND i.indexprs IS NULL
         ORDER BY i.indisprimary DESC, i.indexrelid
         """,
-        [table.oid],
+        [table.oid, not arbiters],
     ).fetchall()
     return [frozenset(columns) for (columns,) in rows]
 
