@@ -88,17 +88,20 @@ def answer(dsn: str, nonce: str) -> None:
         connection.execute("UPDATE figbridge.canary SET seen_at = now() WHERE nonce = %s AND seen_at IS NULL", [nonce])
 
 
-def await_answer(dsn: str, nonce: str, stop: threading.Event) -> None:
-    """Return when the forward path has answered `nonce`. Raises Stopped, LegacyUnavailable or BridgeError.
+def await_answer(dsn: str, nonce: str, stop: threading.Event) -> bool:
+    """True when the forward path has answered `nonce`, False when its row is gone: there will be no answer.
 
     It waits as long as it takes: while the forward path is down or far behind, consuming would be unproven.
+    Raises Stopped, LegacyUnavailable or BridgeError.
     """
     waited = 0.0
     with legacy.connect(dsn, purpose="canary", autocommit=True) as connection, legacy.translated():
         while not stop.wait(_ANSWER_POLL):
             row = connection.execute("SELECT seen_at FROM figbridge.canary WHERE nonce = %s", [nonce]).fetchone()
-            if row and row[0]:
-                return
+            if row is None:
+                return False
+            if row[0]:
+                return True
             waited += _ANSWER_POLL
             if waited >= _PATIENCE:
                 waited = 0.0
@@ -112,6 +115,9 @@ def await_answer(dsn: str, nonce: str, stop: threading.Event) -> None:
 
 def prove(dsn: str, slot: str, stop: threading.Event, guard: Literal["inbox", "message", "origin"] = "inbox") -> None:
     """Write a canary and return when its echo was recognised, however often the database goes away meanwhile."""
-    nonce = persist(lambda: write(dsn, slot, guard), what="write canary", stop=stop)
-    persist(lambda: await_answer(dsn, nonce, stop), what="await canary", stop=stop)
+    answered = False
+    while not answered:
+        nonce = persist(lambda: write(dsn, slot, guard), what="write canary", stop=stop)
+        # a replica that started meanwhile has deleted it if the forward path has been away for a day
+        answered = persist(lambda nonce=nonce: await_answer(dsn, nonce, stop), what="await canary", stop=stop)  # type: ignore[misc]
     _log.info("the loop guard is proven", nonce=nonce)

@@ -1,7 +1,9 @@
 """The loop guard on every server version: what a reverse transaction keeps for itself, and what leaves of it."""
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import orjson
@@ -114,6 +116,29 @@ def test_the_canary_is_answered(each_database: Database, guard: Guard) -> None:
     nonce = canary.write(each_database.dsn, each_database.slot, guard)
     with forward(each_database, guard, touched_rows=guard != "origin") as running:
         assert running.echo.canaries.get(timeout=20) == nonce
+
+
+def test_a_canary_that_was_deleted_is_written_anew(database: Database) -> None:
+    """Another replica that starts deletes those of yesterday, while the forward path may still be away."""
+    make_shop(database)
+    stop = threading.Event()
+
+    def nonces() -> list[str]:
+        return [nonce for (nonce,) in database.execute("SELECT nonce FROM figbridge.canary")]
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            proof = pool.submit(canary.prove, database.dsn, database.slot, stop)
+            until(nonces, 20, "the canary")
+            database.execute("UPDATE figbridge.canary SET written_at = now() - interval '25 hours'")
+            others = canary.write(database.dsn, database.slot)
+            until(lambda: len(nonces()) == 2, 20, "another canary of the replica that waits")
+            for nonce in nonces():
+                if nonce != others:
+                    canary.answer(database.dsn, nonce)
+            proof.result(20)
+        finally:
+            stop.set()
 
 
 @pytest.mark.parametrize(("written", "read"), [("inbox", "message"), ("message", "origin"), ("message", "inbox")])
