@@ -17,7 +17,10 @@ from figbridge.contracts import Contracts, write
 from figbridge.deadletter import DeadLetter
 from figbridge.event import Event
 from figbridge.forward import contract
+from figbridge.forward.snapshot import backfill
 from figbridge.forward.standard import BROKEN
+from figbridge.forward.versions import History
+from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
 from fixtures.replay import FENCE, settled
@@ -86,8 +89,6 @@ def judged(contracts: Contracts, events: Sequence[Event]) -> list[str]:
             continue
         assert not [it.message for it in EVENT.iter_errors(json.loads(event.detail))], event.detail
         found = contracts.find(event.source, event.detail_type)
-        if event.detail_type.endswith("schema.changed"):
-            continue
         assert found, event.detail_type
         told += [f"{event.detail_type} {it.path}: {it.message}" for it in found.breaches(event.detail)]
     return told
@@ -165,6 +166,36 @@ def test_sanitized_columns_are_in_the_contract_as_they_leave(database: Database,
     assert {it.partition(":")[0].rpartition("/")[2] for it in told} == {"b", "c", "d", "e"}
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_what_the_bridge_says_of_a_table_leaves_with_its_contract_or_without(
+    database: Database, tmp_path: Path, known: bool
+) -> None:
+    """A consumer that never hears of backfill.finished keeps rows that are gone."""
+    database.execute(ORDERS)
+    database.execute("CREATE PUBLICATION pub FOR TABLE shop.orders")
+    database.create_slot()
+    made = contract.contracts(config(database, "shop.orders"))
+    ours = ["schema.changed", *backfill.OPERATIONS]
+    write(tmp_path, {kind: it for kind, it in made.items() if known or not kind[1].endswith(tuple(ours))})
+    contracts, letters = Contracts.load(tmp_path), Letters()
+    section = ContractsSection.model_validate({"path": tmp_path, "unknown": "quarantine"})
+    with Forward(
+        database, history=History(), dead_letters=letters, contracts=(section, contracts), messages=["others"]
+    ) as forward:
+        database.execute("INSERT INTO shop.orders (id, customer, paid) VALUES (1, 'Ada', true)")
+        database.execute("ALTER TABLE shop.orders ADD added int; TRUNCATE shop.orders")
+        with database.connect() as connection:
+            about: Any = {"slot": database.slot, "schema": "shop", "table": "orders"}
+            for state in ("started", "finished"):
+                backfill.tell(connection, state, **about, run=1, since="0/16B3748", reason="the slot is gone")
+        database.execute("SELECT pg_logical_emit_message(true, 'others', 'for which there is no contract')")
+        until(lambda: letters.letters, missing="what has no contract")
+        events = list(forward.sink.events)
+    assert [it.detail_type for it in events] == [f"orders.{it}" for it in ("inserted", ours[0], "truncated", *ours[1:])]
+    assert not known or judged(contracts, events) == []
+    assert [json.loads(it.body)["detail"]["op"] for it in letters.letters] == ["message"]
+
+
 def test_what_breaks_its_contract_does_not_reach_the_sink(each_database: Database, tmp_path: Path) -> None:
     database = each_database
     database.execute(ORDERS)
@@ -214,10 +245,12 @@ def test_schema_events_and_diff(database: Database, tmp_path: Path) -> None:
     status, output = command("events", "-c", str(path), "--into", str(old))
     assert status == 0, output
     names = sorted(it.name for it in old.rglob("*.json"))
-    assert names == [f"orders.{it}.json" for it in ("deleted", "inserted", "read", "truncated", "updated")]
+    rows = ("deleted", "inserted", "read", "truncated", "updated")
+    kinds = sorted([*rows, "schema.changed", "backfill.started", "backfill.finished"])
+    assert names == [f"orders.{it}.json" for it in kinds]
     status, output = command("events", "-c", str(path))
     assert status == 0
-    assert len(json.loads(output)) == 5
+    assert len(json.loads(output)) == 8
     assert command("diff", str(old), "-c", str(path)) == (0, "nobody is broken\n")
 
     database.execute("ALTER TABLE shop.orders ADD added int")

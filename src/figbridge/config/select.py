@@ -44,7 +44,9 @@ class ContractsSection(Section):
 
     path: FilePath = Field(description="Directory of the contracts, as `figbridge schema events` writes it.")
     unknown: Literal["publish", "quarantine"] = Field(
-        "publish", description="What happens to an event for which there is no contract."
+        "publish",
+        description="What happens to an event for which there is no contract. schema.changed, backfill.started and "
+        "backfill.finished leave without one.",
     )
     quarantine: SinkSection | None = Field(
         None, description="Where events go that break theirs, with the reasons; by default to forward.dead-letters."

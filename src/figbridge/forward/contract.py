@@ -1,5 +1,7 @@
 """Contracts out of live tables: what the details of a table's events look like, as JSON Schema, one a kind of event.
 
+Kinds are what happens to rows, and what the bridge says of the table: ``schema.changed``, ``backfill.*``.
+
 INVARIANT. Every event that the bridge makes of a table as it is now keeps the contract derived from it; a test lets a
 real server's events be held against theirs. So types are as wide as `forward.values` makes them: a number may be a
 string of its digits, an array that has bounds is a string, and a large value that the server did not send is not there.
@@ -7,6 +9,7 @@ string of its digits, an array that has bounds is a string, and a large value th
 Open for what is added: a further column breaks no consumer, so it breaks no contract. docs/contracts.md.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +23,9 @@ from figbridge.change import Operation
 from figbridge.config import Config, ForwardSection, SelectSection, split_table
 from figbridge.contracts import SAYS, Kind
 from figbridge.errors import BridgeError, ConfigError, Problem, SetupError
+from figbridge.forward.snapshot import backfill
 from figbridge.forward.snapshot import plan as plans
-from figbridge.forward.table import PAST, Naming
+from figbridge.forward.table import PAST, SCHEMA_CHANGED, Naming
 from figbridge.legacy import TypeDescription
 from figbridge.preflight.catalogue import Name, spell
 
@@ -57,7 +61,8 @@ def contracts(config: Config) -> dict[Kind, Schema]:
         naming = Naming(connection.info.dbname, forward.source, forward.detail_type, forward.resources)
         for name in names:
             described = _described(connection, name, config.legacy.publication)
-            for kind, schema in of_table(described, forward, naming, partial(legacy.type_description, dsn)):
+            made = of_table(described, forward, naming, partial(legacy.type_description, dsn))
+            for kind, schema in itertools.chain(made, _notices(name, naming)):
                 found.setdefault(kind, []).append(schema)
     return {kind: _merged(kind, schemas) for kind, schemas in found.items()}
 
@@ -118,26 +123,53 @@ def of_table(
 
 
 def _envelope(name: Name, operation: Operation, key: Schema, before: Schema, after: Schema) -> Schema:
-    position = {
-        "type": "object",
-        "required": ["commit_lsn", "ordinal", "xid"],
-        "properties": {
-            "commit_lsn": {"type": "string", "pattern": "^[0-9A-F]+/[0-9A-F]+$"},
-            "ordinal": {"type": "integer", "minimum": 0},
-            "xid": {"type": "integer", "minimum": 0},
-        },
-    }
-    properties: Schema = {
-        "id": {"type": "string", "minLength": 1},
-        "op": {"const": str(operation)},
+    about: Schema = {
         "schema": {"const": name[0]},
         "table": {"const": name[1]},
-        "schema_version": {"type": "string", "pattern": "^[0-9a-f]{8}$"},
+        "schema_version": _VERSION,
         "key": key,
         "before": before,
         "after": after,
         "unchanged": {"type": "array", "items": {"type": "string"}},
-        "position": position,
+    }
+    return _detail(name, operation, about, _ROW)
+
+
+def _notices(name: Name, naming: Naming) -> Iterator[tuple[Kind, Schema]]:
+    """The contracts of what the bridge says of a table: `figbridge.forward.shape`, `.snapshot.backfill`."""
+    about: Schema = {"schema": {"const": name[0]}, "table": {"const": name[1]}, "key": {"type": "null"}}
+    columns = {
+        "type": "array",
+        "items": {
+            "type": "object",
+            "required": ["name", "type", "key"],
+            "properties": {"name": {"type": "string"}, "type": {"type": "string"}, "key": {"type": "boolean"}},
+        },
+    }
+    version: Schema = {"schema_version": _VERSION, "identity": {"type": "string"}, "columns": columns}
+    previous: Schema = {"type": "object", "required": list(version), "properties": version}
+    started = {"run": {"type": "integer"}, "since": _LSN, "reason": {"type": "string"}}
+    notices: list[tuple[str, Schema, Schema]] = [(SCHEMA_CHANGED, version | {"previous": previous}, _ROW)]
+    notices += [(operation, started, _MESSAGE) for operation in backfill.OPERATIONS]
+    for operation, more, position in notices:
+        named = naming.of(*name, operation)
+        yield (named.source, named.detail_type), _detail(name, operation, about | more, position)
+
+
+_LSN: Final[Schema] = {"type": "string", "pattern": "^[0-9A-F]+/[0-9A-F]+$"}
+_VERSION: Final[Schema] = {"type": "string", "pattern": "^[0-9a-f]{8}$"}
+_NUMBER: Final[Schema] = {"type": "integer", "minimum": 0}
+# where a row stands, and where a message does
+_ROW: Final[Schema] = {"commit_lsn": _LSN, "ordinal": _NUMBER, "xid": _NUMBER}
+_MESSAGE: Final[Schema] = {"commit_lsn": _LSN, "ordinal": {"type": "null"}, "lsn": _LSN, "xid": _NUMBER}
+
+
+def _detail(name: Name, operation: str, about: Schema, position: Schema) -> Schema:
+    properties: Schema = {
+        "id": {"type": "string", "minLength": 1},
+        "op": {"const": str(operation)},
+        **about,
+        "position": {"type": "object", "required": list(position), "properties": position},
         "committed_at": {"type": "string", "minLength": 1},
         "hops": {"type": "integer", "minimum": 0},
         "cause": {},

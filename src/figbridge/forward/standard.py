@@ -3,6 +3,9 @@
 INVARIANT. None is skipped: what breaks its contract goes to the quarantine or to the dead letters, and without either
 the bridge stops, before the events are acknowledged. The others go on; order between an event that is set aside and
 the others of its row is not kept, as with every dead letter.
+
+What the bridge itself says of a table (``schema.changed``, ``backfill.*``) passes where there is no contract for it:
+without ``backfill.finished`` consumers keep rows that are gone.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +17,15 @@ import structlog
 from figbridge.config import ContractsSection
 from figbridge.contracts import Breach, Contracts
 from figbridge.event import Event, Rejection
+from figbridge.forward.snapshot import backfill
+from figbridge.forward.table import SCHEMA_CHANGED
 from figbridge.metrics import Metrics
 
 _log = structlog.get_logger()
 
 BROKEN: Final = "ContractBroken"  # the code of such a rejection
 _NO_CONTRACT: Final = (Breach("", "there is no contract for events of this source and detail-type"),)
+_NOTICES: Final = frozenset({SCHEMA_CHANGED, *backfill.OPERATIONS})
 
 
 class Broken(NamedTuple):
@@ -76,7 +82,7 @@ class Standard:
     def _judged(self, event: Event) -> Broken | None:
         contract = self._contracts.find(event.source, event.detail_type)
         if contract is None:
-            return Broken(event, None, _NO_CONTRACT) if self._strict else None
+            return Broken(event, None, _NO_CONTRACT) if self._strict and not _is_notice(event) else None
         breaches = contract.breaches(event.detail)
         return Broken(event, contract.name, breaches) if breaches else None
 
@@ -91,6 +97,10 @@ class Standard:
         }
         detail = b'%b,"event":%b}' % (orjson.dumps(said)[:-1], event.envelope())
         return event._replace(source=f"{self._prefix}{event.source}", detail=detail, whole_table=False)
+
+
+def _is_notice(event: Event) -> bool:
+    return event.whole_table and orjson.loads(event.detail)["op"] in _NOTICES
 
 
 def _told(broken: Broken) -> str:

@@ -22,6 +22,7 @@ from figbridge.forward.place import Place
 from figbridge.forward.table import Naming
 
 PREFIX: Final = "figbridge.backfill"
+OPERATIONS: Final = ("backfill.started", "backfill.finished")
 State = Literal["started", "finished"]
 
 
