@@ -4,6 +4,8 @@ README's metrics table is tested against this file.
 """
 
 import math
+import time
+from functools import partial
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -169,6 +171,22 @@ class Metrics:
         )
 
         self.ready = self._gauge("ready", "1 when a part of the bridge is ready, by part.", "part")
+        self._receive_age = self._gauge(
+            "source_receive_age_seconds",
+            "Since the queue of reverse or relay last answered, if only that it has nothing; grows while it is away, "
+            "and while a batch is tried again and again.",
+            "part",
+        )
+        self._answered: dict[str, float] = {}
+
+    def answered(self, part: str) -> None:
+        """The queue of `part` has answered, or is about to be asked for the first time."""
+        first, self._answered[part] = part not in self._answered, time.monotonic()
+        if first:
+            self._receive_age.labels(part).set_function(partial(self._age, part))
+
+    def _age(self, part: str) -> float:
+        return time.monotonic() - self._answered[part]
 
     def _reverse(self) -> None:
         self.outcomes = self._counter(

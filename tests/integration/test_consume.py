@@ -1,7 +1,9 @@
 """The reverse loop on a real queue: malformed and poisonous events are set aside, and the queue goes on."""
 
 import json
+import math
 import threading
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -12,13 +14,14 @@ import pytest
 
 from figbridge.config import MappingSection, SqsSourceSection
 from figbridge.deadletter import TableDeadLetterStore
+from figbridge.errors import QueueUnavailable
 from figbridge.event import Event
 from figbridge.metrics import Metrics
 from figbridge.reverse.apply import Applier
 from figbridge.reverse.consume import Consumer
 from figbridge.reverse.drift import Drift
 from figbridge.reverse.mapping import Mappings
-from figbridge.transports import Source
+from figbridge.transports import Delivery, Source
 from figbridge.transports.local import LocalSink, LocalSource
 from figbridge.transports.sqs import SqsSource
 from fixtures.clock import until
@@ -140,6 +143,36 @@ def test_events_that_wait_for_another_one_are_applied_after_it(legacy: Database,
         until(lambda: legacy.execute("SELECT count(*) FROM figbridge.parked") == [(0,)])
         assert running.outcome("dead_letter") == 0
     bus.close()
+
+
+class Failing(LocalSource):
+    """A queue that does not answer while `away` is set."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, subscriber="s")
+        self.away = threading.Event()
+
+    def receive(self, *, wait: float) -> Sequence[Delivery]:
+        if self.away.is_set():
+            raise QueueUnavailable("taken away by the test")
+        return super().receive(wait=wait)
+
+
+def test_a_queue_that_goes_away_shows_in_the_metrics(database: Database, tmp_path: Path) -> None:
+    database.execute((resources.files("figbridge") / "schema.sql").read_text())
+    source = Failing(tmp_path / "bus.sqlite")
+    with Running(database, source) as running:
+
+        def age() -> float:
+            labels = {"part": "reverse"}
+            value = running.metrics.registry.get_sample_value("figbridge_source_receive_age_seconds", labels)
+            return math.inf if value is None else value
+
+        until(lambda: age() < 0.5, missing="an answer")
+        source.away.set()
+        until(lambda: 1 < age() < math.inf, missing="an age that grows")
+        source.away.clear()
+        until(lambda: age() < 0.5, missing="an answer")
 
 
 def test_a_transaction_takes_no_more_than_a_message_to_the_server_may_have(

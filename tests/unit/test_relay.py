@@ -14,14 +14,15 @@ from structlog.testing import capture_logs
 from figbridge.config import Config, RelaySection
 from figbridge.contracts import Contract, Contracts
 from figbridge.deadletter import DeadLetter
-from figbridge.errors import SinkRefused
+from figbridge.errors import QueueUnavailable, SinkRefused
 from figbridge.event import Event, Rejection
 from figbridge.metrics import Metrics
 from figbridge.relay.judge import Dropped, Invalid, Judge, Valid
+from figbridge.relay.loop import Relay
 from figbridge.relay.outlet import Outlet
 from figbridge.relay.relayer import Relayer
 from figbridge.relay.seen import Seen
-from figbridge.transports import Limits
+from figbridge.transports import Delivery, Limits
 
 CONTRACTS = Contracts({("cwi.servicea", "NEW_WIDGET"): Contract("widget.json", {"required": ["widget_id"]})})
 OWN = {"id": "7-f-1-0A-00", "op": "update", "schema": "shop", "table": "orders", "position": {}, "hops": 0}
@@ -456,3 +457,43 @@ def test_what_is_wrong_with_the_section_is_told_at_load(options: dict[str, Any],
     (problem,) = caught.value.problems
     assert problem.where == where
     assert what in problem.what
+
+
+class Queue:
+    """Away at first, then empty, then the loop is to end. ``ages``: what the metrics said whenever it was asked."""
+
+    name = "queue"
+
+    def __init__(self, metrics: Metrics, stop: threading.Event) -> None:
+        self._metrics, self._stop = metrics, stop
+        self.ages: list[float | None] = []
+
+    def check(self) -> None:
+        pass
+
+    def receive(self, *, wait: float) -> Sequence[Delivery]:  # noqa: ARG002 (as a source has it)
+        series = "figbridge_source_receive_age_seconds"
+        self.ages.append(self._metrics.registry.get_sample_value(series, {"part": "relay"}))
+        if len(self.ages) < 5:
+            raise QueueUnavailable("away")
+        if len(self.ages) == 6:
+            self._stop.set()
+        return ()
+
+    def acknowledge(self, deliveries: Sequence[Delivery]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_queue_that_does_not_answer_shows_in_the_metrics() -> None:
+    bench, stop = Bench(Place(), Place()), threading.Event()
+    queue = Queue(bench.metrics, stop)
+
+    Relay(queue, bench.relayer, bench.metrics).run(stop)
+
+    ages = [age for age in queue.ages if age is not None]
+    assert len(ages) == 6  # also before it has answered at all
+    assert ages[:5] == sorted(ages[:5])
+    assert ages[5] < ages[4]

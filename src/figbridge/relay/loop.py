@@ -27,8 +27,10 @@ class Relay:
         try:
             persist(self._relayer.check, what="look up the relay's ends", stop=stop)
             self._metrics.ready.labels("relay").set(1)
+            self._metrics.answered("relay")
             while not stop.is_set():
                 deliveries = persist(lambda: self._source.receive(wait=_WAIT), what="receive", stop=stop)
+                self._metrics.answered("relay")
                 if deliveries:
                     self._relay(list(deliveries), stop)
         except Stopped:

@@ -139,10 +139,12 @@ class Consumer:
         received: list[Item] = []
         if self._drift:  # before the first event: an insert's entity is its primary key
             persist(self._drift.look, what="look at the catalogue", stop=stop)
+        self._metrics.answered("reverse")
         try:
             while not stop.is_set():
                 wait = 0.0 if hands else _LOOK if self._parked else _WAIT
                 deliveries = persist(lambda wait=wait: self._source.receive(wait=wait), what="receive", stop=stop)  # type: ignore[misc]
+                self._metrics.answered("reverse")
                 received = [self._prepared(delivery) for delivery in deliveries]
                 parts = self._parts(received)
                 idle = not received or self._due()
