@@ -146,6 +146,25 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("contract", "says"),
+    [
+        ({"properties": {"after": {"properties": {"a/b": {"type": "objekt"}}}}},
+         '/properties/after/properties/a~1b/type: "objekt" is not valid'),
+        ({"anyOf": [{}, {"pattern": "(["}]}, '/anyOf/1/pattern: "([" is not a "regex"'),
+        ({"required": {"x" * 70: 1}}, '/required: {"xxxx'),
+        ("[]", "is no contract: [] is not of types"),
+        ({"$ref": "_other.json"}, "/properties/q/type of a file that it refers to: "),
+        ({"properties": {"q": {"$ref": "_other.json"}}}, "/properties/q/type of a file that it refers to: "),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_a_schema_is_told_with_its_place(tmp_path: Path, contract: Any, says: str) -> None:
+    other = {"properties": {"q": {"type": "objekt"}}}
+    (problem,) = problems(written(tmp_path, {"t.json": contract, "_other.json": other}))
+    assert says in problem.what
+    assert len(problem.what) < 200
+
+
 def test_no_directory_and_no_contract_are_errors(tmp_path: Path) -> None:
     assert "no directory" in problems(tmp_path / "nowhere")[0].what
     assert "no contract" in problems(written(tmp_path, {"_only.json": {}}))[0].what

@@ -13,9 +13,11 @@ repeats a value of an event, which may be personal data: it is shown as ``(a val
 The library is jsonschema-rs, for its speed: docs/contracts.md has the figures.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -29,6 +31,7 @@ from figbridge.errors import ConfigError, Problem
 _SURROGATE: Final = re.compile(rb"(?<!\\)((?:\\\\)*)\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 MOST: Final = 10  # breaches that are told of one event; the first few say what is wrong
 _VALUE: Final = "(a value)"
+_SHOWN: Final = 60  # characters of a wrong value in a schema
 SAYS: Final = "x-figbridge"
 # A kind of event: its source, None for any, and its detail-type.
 Kind = tuple[str | None, str]
@@ -98,6 +101,11 @@ class Contracts:
                 kind = _kind(relative, schema)
                 retriever = partial(_retrieve, directory)
                 contract = Contract(str(relative), schema, retriever=retriever, base_uri=path.resolve().as_uri())
+            except jsonschema_rs.ValidationError as error:
+                problems.append(
+                    Problem(str(path), f"is no contract: {_flaw(error, schema)}", "mend it, or begin its name with _")
+                )
+                continue
             except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
                 what = str(error).partition("\n")[0]
                 problems.append(Problem(str(path), f"is no contract: {what}", "mend it, or begin its name with _"))
@@ -172,8 +180,26 @@ def _retrieve(directory: Path, uri: str) -> Any:
     return orjson.loads(path.read_bytes())
 
 
-def _pointer(error: Any) -> str:
+def _flaw(error: jsonschema_rs.ValidationError, schema: Any) -> str:
+    """What is wrong in `schema`, with the JSON Pointer, and with the value: a schema is no event."""
+    found = json.dumps(error.instance, ensure_ascii=False)
+    said = error.message.replace(_VALUE, found if len(found) <= _SHOWN else f"{found[:_SHOWN]}…")
+    if not error.instance_path:
+        return said
+    try:
+        ours = reduce(getitem, error.instance_path, schema) == error.instance
+    except (LookupError, TypeError):
+        ours = False
+    return f"{_spelt(error.instance_path)}{'' if ours else ' of a file that it refers to'}: {said}"
+
+
+def _pointer(error: jsonschema_rs.ValidationError) -> str:
     steps = ["detail", *error.instance_path]
     if isinstance(error.kind, jsonschema_rs.ValidationErrorKind.Required):
         steps.append(error.kind.property)  # the path of what is missing, not of what lacks it
+    return _spelt(steps)
+
+
+def _spelt(steps: Sequence[str | int]) -> str:
+    """The JSON Pointer."""
     return "".join(f"/{str(step).replace('~', '~0').replace('/', '~1')}" for step in steps)
