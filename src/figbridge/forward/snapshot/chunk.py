@@ -245,9 +245,12 @@ def _arrived(connection: psycopg.Connection, copy: psycopg.Copy, lines: list[Lin
         if size == 0:
             break
         if size < 0:
-            while (result := connection.pgconn.get_result()) is not None:
+            failed = None
+            while (result := connection.pgconn.get_result()) is not None:  # to the end, or the COPY is not over
                 if result.error_message:
-                    raise psycopg.errors.error_from_result(result)
+                    failed = result
+            if failed:
+                raise psycopg.errors.error_from_result(failed)
             return False
         append(data)
     return True
