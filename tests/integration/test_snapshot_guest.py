@@ -131,6 +131,7 @@ def test_tables_are_read_side_by_side(prepared: Database) -> None:
     ("change", "expected"),
     [
         ("", range(6, 11)),
+        ("""UPDATE figbridge.snapshot SET cursor = '{"columns": ["id"], "key": ["5"]}'""", range(1, 11)),  # of old
         ("ALTER TABLE thing DROP CONSTRAINT thing_pkey, ADD PRIMARY KEY (v)", range(10, 0, -1)),  # by v
         ("ALTER TABLE thing ADD more int", range(6, 11)),
     ],
@@ -141,7 +142,7 @@ def test_it_goes_on_behind_the_cursor_unless_the_key_has_changed(
     with Forward(prepared, snapshot=[THING]) as forward:
         finished(forward, "thing")
     prepared.execute(
-        """UPDATE figbridge.snapshot SET state = 'running', cursor = '{"columns": ["id"], "key": ["5"]}'"""
+        """UPDATE figbridge.snapshot SET state = 'running', cursor = jsonb_set(cursor::jsonb, '{key}', '["5"]')"""
     )
     prepared.execute(change or "SELECT")
     with Forward(prepared, snapshot=()) as forward:

@@ -37,6 +37,8 @@ _NEVER_NARROWED: Final = "SELECT NULL::int2[] AS columns, NULL::pg_catalog.text 
 # A key's columns may have NULL if their constraint was never validated (18). 403 is btree: of others, such as the gist
 # index of a temporal key, strategies have other meanings. From 18 on an invalid primary key is a partitioned table's
 # replica identity, too. "char", type 18, is no key: until 15 what it prints beyond ASCII is no literal.
+# `order` is what the order of an index depends on. Of a collation's versions it has the one of the catalogue, which a
+# standby has, too: the one of the libraries may differ there, and somebody refreshes it when the indexes are made anew.
 # As pgoutput describes a table: dropped and unpublished columns are not there, a type of one's own has the name of its
 # base type (logicalrep_write_typ). Since 18 generated columns can be there, listed or by publish_generated_columns.
 _DESCRIBED: Final = """
@@ -60,7 +62,7 @@ SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.tex
           AND CASE WHEN narrowed.columns IS NOT NULL THEN a.attnum = ANY (narrowed.columns)
                    ELSE a.attgenerated = '' OR a.attgenerated = 's' AND p.stored END),
        (SELECT coalesce(json_agg(json_build_object(
-                   'primary', i.indisprimary, 'columns', k.columns, 'operators', k.operators,
+                   'primary', i.indisprimary, 'columns', k.columns, 'operators', k.operators, 'order', k.order,
                    'full', k.full AND i.indisvalid,
                    'plain', k.plain AND i.indisvalid AND i.indimmediate AND ic.relam = 403,
                    'identity', CASE c.relreplident
@@ -77,6 +79,12 @@ SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.tex
                        SELECT FROM pg_constraint nn WHERE nn.conrelid = a.attrelid AND nn.contype = 'n'
                                                       AND NOT nn.convalidated AND a.attnum = ANY (nn.conkey)
                    )) AS full,
+                   string_agg(concat_ws(' ', quote_ident(a.attname), a.attnum, a.atttypid, a.atttypmod, x.class, (
+                       SELECT concat_ws(' ', co.oid, coalesce(co.collversion, (
+                           SELECT to_jsonb(d) ->> 'datcollversion' FROM pg_database d
+                           WHERE d.datname = current_database() AND co.collprovider = 'd')))
+                       FROM pg_collation co WHERE co.oid = x.collation_
+                   )), ', ' ORDER BY x.place) AS "order",
                    json_agg((
                        SELECT json_object_agg(CASE m.amopstrategy WHEN 5 THEN 'greater' ELSE 'equal' END,
                                               json_build_array(pn.nspname, p.oprname))

@@ -33,7 +33,7 @@ from figbridge.forward.snapshot import chunk, joined, plan, sanitized
 from figbridge.forward.snapshot.claims import Claims
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.moved import Moves
-from figbridge.forward.snapshot.plan import Cursor, Plan
+from figbridge.forward.snapshot.plan import Plan
 from figbridge.forward.snapshot.politeness import Pace
 from figbridge.forward.snapshot.progress import SETTINGS as PROGRESS
 from figbridge.forward.snapshot.progress import Progress, State, Task, hide, show
@@ -158,10 +158,11 @@ class Snapshot:
 
     def _walk(self, connection: psycopg.Connection, task: Task) -> None:
         found = self._described(connection, task.name)
-        place = Place(found, self._compiled(found), task.cursor, task.cursor)
-        if task.cursor and not _fits(task.cursor, found):
-            _log.warning("the table's key changed: its snapshot begins anew", table=spell(*task.name))
-            place.begin_anew()
+        if task.cursor and task.cursor.get("order") != found.order:
+            self._anew(connection, task)
+            return
+        begin = task.cursor or plan.beginning(found)
+        place = Place(found, self._compiled(found), begin, begin)
         estimate = plan.estimate(connection, found)
         if not self._progress.start(connection, task, estimate):
             return
@@ -207,8 +208,7 @@ class Snapshot:
             self._until(window.low_met, window)
             read = self._read(connection, task, place) if not window.closed.is_set() else ""
             if isinstance(read, str):
-                self._void(connection, task, place, read, window)
-                return 0
+                return 0 if self._void(connection, task, place, read, window) else None
             window.offered = [place.layout.leaving(block) for block in read.blocks]
             if not (read.end or place.turn):
                 place.window = windows.begin(place.layout, identity)
@@ -218,8 +218,7 @@ class Snapshot:
         finally:
             windows.forget(window)
         if window.outcome.void:
-            self._void(connection, task, place, window.outcome.void, window)
-            return read.rows
+            return read.rows if self._void(connection, task, place, window.outcome.void, window) else None
         place.leave(read, window.outcome)
         return read.rows
 
@@ -254,20 +253,28 @@ class Snapshot:
         of = f"{self._bridge.system_identifier()}-{self._bridge.slot}-{task.run}-{place.plan.relation.oid}-"
         return of + (place.turn.identity if place.turn else "")
 
-    def _void(self, connection: psycopg.Connection, task: Task, place: Place, why: str, window: Window) -> None:
-        """Look at the table anew; the same rows are read again."""
+    def _void(self, connection: psycopg.Connection, task: Task, place: Place, why: str, window: Window) -> bool:
+        """Look at the table anew; the same rows are read again. False when the task is to be left."""
         _log.info("a chunk is read again", table=spell(*task.name), reason=window.outcome.void or why)
         self._bridge.metrics.snapshot_voids.inc()
         self._size.rows = max(10, self._size.rows // 2)
         if self._stop.wait(0.05):
             raise Stopped
         found = self._described(connection, task.name)
+        if found.order != place.plan.order:
+            self._anew(connection, task)
+            return False
         if found != place.plan:
-            if found.key != place.plan.key or found.types != place.plan.types:
-                place.begin_anew()
-                self._bridge.moves.walks(task)
             place.plan, place.layout = found, self._compiled(found)
             self._forget(place)
+        return True
+
+    def _anew(self, connection: psycopg.Connection, task: Task) -> None:
+        """What was read is of another table, or in another order. It is taken up as a task that waits."""
+        if self._progress.anew(connection, task):
+            _log.warning(
+                "the table or the order of its rows changed: begun anew", table=spell(*task.name), run=task.run
+            )
 
     def _mark(
         self,
@@ -324,7 +331,3 @@ class Snapshot:
 def _with(dsn: str, settings: str) -> str:
     own = conninfo.conninfo_to_dict(dsn).get("options") or ""
     return conninfo.make_conninfo(dsn, options=f"{own} {settings}".strip())
-
-
-def _fits(cursor: Cursor, found: Plan) -> bool:
-    return cursor.get("columns") == list(found.key) if found.key else "leaf" in cursor

@@ -26,7 +26,7 @@ from figbridge.errors import BridgeError
 from figbridge.forward.snapshot import described
 from figbridge.preflight.catalogue import Name, quote, spell
 
-Cursor = dict[str, Any]  # JSON; None is the beginning
+Cursor = dict[str, Any]  # JSON; None is the beginning, and so is one without a place
 
 _BLOCKS: Final = 64  # of 8 KiB, that a chunk by ctid looks at, at most: the sort in it stays small
 
@@ -39,6 +39,8 @@ class Plan:
     `types` the quoted base type of each, `greater` and `equal` their operators, `path` the schemas of these if they
     have no one name; without any, `leaves` are walked by ctid (OID, quoted name). `identity` has the columns that name
     a row in events, if `keyed`; if not, some are not published, or may be NULL. `filter` is the publication's.
+    `order` is another one where a cursor, or the ids of the rows before it, mean nothing any more: of another table,
+    order, or key.
     """
 
     relation: Relation
@@ -46,6 +48,7 @@ class Plan:
     type_names: tuple[tuple[int, str], ...]
     identity: tuple[str, ...]
     keyed: bool
+    order: str
     key: tuple[str, ...]
     types: tuple[str, ...]
     greater: str
@@ -86,6 +89,7 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
     order: list[str] = index["columns"] if index else []
     greater, equal, path = _operators(index["operators"]) if index else ("", "", ())
     leaves = connection.execute(described.LEAVES, [oid, oid]).fetchall() if not order else []
+    keyed = named is not None and named["full"] and all(column in by_name for column in identified)
     return Plan(
         relation=Relation(
             oid,
@@ -96,7 +100,8 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
         quoted=f"ONLY {quote(*name)}" if kind == "r" else quote(*name),
         type_names=tuple((it["type"], it["named"]) for it in columns if it["named"]),
         identity=tuple(identified),
-        keyed=named is not None and named["full"] and all(column in by_name for column in identified),
+        keyed=keyed,
+        order=f"{oid} by {index['order'] if index else 'ctid'} as {named['order'] if named and keyed else 'values'}",
         key=tuple(order),
         types=tuple(by_name[it]["written"] for it in order),
         greater=greater,
@@ -133,9 +138,9 @@ def estimate(connection: psycopg.Connection, plan: Plan) -> int | None:
 def key_chunk(
     plan: Plan, columns: sql.Composable, cursor: Cursor | None, condition: str | None, most: int
 ) -> sql.Composed:
-    """At most `most` rows behind `cursor`, {"columns": names, "key": texts}; `columns` is what to say of each."""
+    """At most `most` rows behind `cursor`, {"order": …, "key": texts}; `columns` is what to say of each."""
     where = _conditions(plan, condition)
-    if cursor:
+    if cursor and "key" in cursor:
         behind = sql.SQL("({}) {} ({})")
         where.append(behind.format(_compared(plan), sql.SQL(plan.greater), _literals(plan, cursor["key"])))
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {} LIMIT {}").format(
@@ -143,9 +148,14 @@ def key_chunk(
     )
 
 
+def beginning(plan: Plan) -> Cursor:
+    """Before the first row. It is noted before any leaves: another order then takes other ids."""
+    return {"order": plan.order}
+
+
 def cursor(plan: Plan, key: Sequence[str]) -> Cursor:
     """Behind the row with this key."""
-    return {"columns": list(plan.key), "key": list(key)}
+    return {"order": plan.order, "key": list(key)}
 
 
 def key_rows(
@@ -163,7 +173,7 @@ def key_rows(
     types = [sql.SQL(written).as_bytes(connection) for written in plan.types]
 
     def statement(cursor: Cursor | Sequence[bytes] | None, most: int) -> bytes:
-        if not cursor:
+        if not cursor or (isinstance(cursor, dict) and "key" not in cursor):
             return b"%b%b%d" % (select, order, most)
         if isinstance(cursor, dict):
             key = _literals(plan, cursor["key"]).as_bytes(connection)
@@ -194,7 +204,7 @@ def rows_chunk(
 
 
 def ctid_chunk(plan: Plan, columns: sql.Composable, cursor: Cursor, condition: str | None) -> sql.Composed:
-    """The rows behind `cursor`, {"leaf": OID, "filenode": …, "ctid": text, "until": block}."""
+    """The rows behind `cursor`, {"order": …, "leaf": OID, "filenode": …, "ctid": text, "until": block}."""
     name = next(name for oid, name in plan.leaves if oid == cursor["leaf"])
     where = _conditions(plan, condition)
     where.append(sql.SQL("ctid > {}::tid").format(sql.Literal(cursor["ctid"])))
@@ -215,7 +225,7 @@ def ctid_leaf(connection: psycopg.Connection, plan: Plan, cursor: Cursor | None)
     after the beginning came by the stream.
     """
     later = [oid for oid, _ in plan.leaves]
-    if cursor:
+    if cursor and "leaf" in cursor:
         if cursor["leaf"] in later and int(cursor["ctid"].strip("(").split(",")[0]) < cursor["until"]:
             row = connection.execute("SELECT pg_relation_filenode(%s)::bigint", [cursor["leaf"]]).fetchone()
             if row and row[0] == cursor["filenode"]:
@@ -230,7 +240,7 @@ def ctid_leaf(connection: psycopg.Connection, plan: Plan, cursor: Cursor | None)
             {"it": leaf},
         ).fetchone()
         if row and row[1]:
-            return {"leaf": leaf, "filenode": row[0], "ctid": "(0,0)", "until": row[1]}
+            return beginning(plan) | {"leaf": leaf, "filenode": row[0], "ctid": "(0,0)", "until": row[1]}
     return None
 
 

@@ -5,6 +5,8 @@
        │  └───────┴─────▶ cancelled
        └── paused ◀┘
 
+A task that is begun anew (its table, or the order of its rows, is another one) waits again, as the next run.
+
 A task with a `gap` tells consumers of its start and its end (`backfill`), in the transaction that changes its state.
 
 INVARIANT. A cursor is written only for rows that are durable, and never over what a person has ordered meanwhile:
@@ -108,6 +110,10 @@ class Progress:
                 self._tell(connection, task, "started", row[0])
         return row is not None
 
+    def anew(self, connection: psycopg.Connection, task: Task) -> bool:
+        """Begin it again, as the next run, whose rows have other ids; False if somebody has ordered otherwise."""
+        return self._change(connection, _ANEW, task.name, ends=True, run=task.run)
+
     def advance(
         self, connection: psycopg.Connection, task: Task, cursor: Cursor | None, rows: int, marks: Sequence[str]
     ) -> State | None:
@@ -189,6 +195,11 @@ _START: Final = f"""
 UPDATE figbridge.snapshot SET state = 'running', estimate = %(estimate)s, updated_at = now(),
        started_at = coalesce(started_at, now()), since = coalesce(since, pg_current_wal_insert_lsn())
 WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running') RETURNING since::pg_catalog.text
+"""  # noqa: S608 (constants)
+_ANEW: Final = f"""
+UPDATE figbridge.snapshot SET run = run + 1, state = 'waiting', cursor = NULL, rows = 0, estimate = NULL,
+       message = NULL, started_at = NULL, updated_at = now(), since = NULL
+WHERE {ONE} AND run = %(run)s AND state IN ('waiting', 'running')
 """  # noqa: S608 (constants)
 _ADVANCE: Final = f"""
 WITH advanced AS (

@@ -52,9 +52,3 @@ class Place:
         self.again = [self.layout.keys(row, self.plan.indexes(self.plan.key)) for row in outcome.again]
         if not self.again:
             self.noted = self.reached
-
-    def begin_anew(self) -> None:
-        """Its rows have another order."""
-        self.noted = self.reached = None
-        self.ended = False
-        self.take(None)
