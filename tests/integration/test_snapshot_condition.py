@@ -1,6 +1,7 @@
 """Snapshots of the rows that satisfy a condition, which the server looks for."""
 
 from math import inf
+from typing import Any
 
 import psycopg
 import pytest
@@ -9,13 +10,14 @@ from psycopg.pq import TransactionStatus
 from figbridge import legacy
 from figbridge.forward.snapshot import chunk, plan
 from figbridge.forward.snapshot.layout import Layout
-from figbridge.forward.snapshot.progress import Progress
+from figbridge.forward.snapshot.loop import Snapshot
+from figbridge.forward.snapshot.progress import Progress, State
 from figbridge.forward.table import Naming, Table
 from figbridge.forward.values import Encoders
 from fixtures.clock import until
 from fixtures.forward import Forward
 from fixtures.postgres import Database
-from fixtures.snapshot import prepare, states
+from fixtures.snapshot import finished, prepare, states
 
 THING = ("public", "thing")
 DDL = """
@@ -24,7 +26,7 @@ INSERT INTO thing SELECT n, n - 700 FROM generate_series(1, 1000) AS n;
 """
 
 
-def order(database: Database, condition: str) -> None:
+def order(database: Database, condition: str | None) -> None:
     """Ask for the rows of ``thing`` that no stream has told."""
     database.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [database.slot])
     with database.connect() as connection:
@@ -59,3 +61,51 @@ def test_a_statement_that_is_cancelled_behind_rows_says_so_and_the_connection_ca
         with pytest.raises(psycopg.errors.QueryCanceled, match="statement timeout"):
             read()
         assert connection.info.transaction_status == TransactionStatus.IDLE
+
+
+@pytest.mark.parametrize("way", ["condition", "filter"])
+@pytest.mark.parametrize("key", ["id", "part, id"])
+def test_a_table_is_looked_through_in_stretches(
+    each_database: Database, monkeypatch: pytest.MonkeyPatch, way: str, key: str
+) -> None:
+    """Of which each is a chunk, also if no row in it satisfies the condition: what was looked at is not again."""
+    if way == "filter" and each_database.version < 15:
+        pytest.skip("publications of this server have no filters")
+
+    class Small(chunk.Size):
+        def learn(self, _chunk: chunk.Chunk) -> None:
+            """The next chunk is as large."""
+
+    monkeypatch.setattr(chunk, "Size", lambda: Small(rows=30, looks=100))
+    prepare(
+        each_database,
+        f'CREATE TABLE thing (id int, part text COLLATE "C", v int, PRIMARY KEY ({key})); '
+        "INSERT INTO thing SELECT n, 'p' || n % 3, n FROM generate_series(1, 1000) AS n",
+        "thing",
+    )
+    wanted = "v < 4 OR v > 950"
+    if way == "filter":
+        each_database.execute(f"ALTER PUBLICATION pub SET TABLE thing WHERE ({wanted})")
+        each_database.execute("ALTER TABLE thing REPLICA IDENTITY FULL")
+    order(each_database, wanted if way == "condition" else None)
+    cursors: list[object] = []
+
+    class Noting(Snapshot):
+        def _mark(self, *about: Any, **more: Any) -> State | None:
+            cursors.append(about[2].noted.get("key"))
+            return super()._mark(*about, **more)
+
+    with Forward(each_database, snapshot=[], loop=Noting) as forward:
+        finished(forward, "thing")
+        read = [it["after"]["id"] for it in forward.sink.details if it["op"] == "read"]
+    assert sorted(read) == [1, 2, 3, *range(951, 1001)]
+    assert len({str(it) for it in cursors}) >= 10
+
+
+def test_fewer_rows_are_looked_at_where_that_took_too_long() -> None:
+    size = chunk.Size()
+    before = size.looks
+    size.tired()
+    assert 10 <= size.looks <= before // 10
+    size.learn(chunk.Chunk((), None, end=False, seconds=0.01, size=0, looked=size.looks))
+    assert size.looks == 4 * (before // 10)

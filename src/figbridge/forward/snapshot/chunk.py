@@ -27,6 +27,7 @@ from figbridge.forward.snapshot.block import Block
 from figbridge.forward.snapshot.layout import Layout, NoLiteral
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.reads import Share
+from figbridge.forward.snapshot.stretch import ALL, Stretch
 from figbridge.preflight.catalogue import Name, quote
 
 MOST_BYTES: Final = 20 * 1024 * 1024  # of a chunk, about: reading ends at twice as many; one row may be larger
@@ -61,7 +62,7 @@ class _Enough(Exception):
 class Chunk:
     """What was read, and where the next chunk begins. `end`: there is none. In seconds and bytes.
 
-    `odd`: see `joined`.
+    `odd`: see `joined`. `looked`: how many rows were looked at, with a condition; else 0.
     """
 
     blocks: Sequence[Block]
@@ -70,6 +71,7 @@ class Chunk:
     seconds: float
     size: int
     odd: bool = False
+    looked: int = 0
 
     @property
     def rows(self) -> int:
@@ -81,21 +83,30 @@ class Chunk:
 class Size:
     """How many rows a chunk asks for: as many as take about `target` seconds, or are about `MOST_BYTES`.
 
-    `width` is the size of a row, in bytes; infinite for the next `_ODD` chunks where rows were odd.
+    `width` is the size of a row, in bytes; infinite for the next `_ODD` chunks where rows were odd. `looks` is how many
+    rows are looked at, with a condition.
     """
 
     target: float = 0.5
     rows: int = 2000
     width: float = joined.NARROW
     odd: int = 0
+    looks: int = 20_000
     _most: int = 250_000
 
     def copy(self) -> None:
         """Read the next chunks by COPY."""
         self.odd, self.width = _ODD, inf
 
+    def tired(self) -> None:
+        """The server was at it for too long."""
+        self.looks = max(10, self.looks // 10)
+
     def learn(self, chunk: Chunk) -> None:
         """From what was read."""
+        if chunk.looked:
+            wanted = int(chunk.looked * self.target / max(chunk.seconds, 0.001))
+            self.looks = max(10, min(wanted, 4 * self.looks, self._most))
         if rows := chunk.rows:
             wanted = int(rows * min(self.target / max(chunk.seconds, 0.001), MOST_BYTES / chunk.size))
             self.rows = max(10, min(wanted, 4 * self.rows, self._most))
@@ -144,6 +155,7 @@ def read(
     most: int,
     again: Sequence[Sequence[str]] = (),
     bounded: bool = False,
+    looks: int = 20_000,
     width: float = inf,
     share: Share | None = None,
     looking: Executor | None = None,
@@ -156,6 +168,8 @@ def read(
 
     Keys of a chunk's rows have room where it had. Of others, `bounded`, the reading may be broken off, too; then `end`
     says that it was not.
+
+    With a condition, or a publication's filter, `looks` is how many rows are looked at, in the order of the key.
 
     `width` is what was learned of the rows, in bytes: narrow ones are `joined`, if there is somebody for `looking` at
     them. While the stream flows, by `share`, it has most of the time.
@@ -187,13 +201,17 @@ def read(
             return Chunk(found.blocks, found.cursor, found.end, time.monotonic() - began, size, found.odd)
         odd = found.odd
     if plan.key:
-        statement = layout.copy(plans.key_chunk(plan, layout.query, cursor, condition, most))
+        began, narrowed = time.monotonic(), bool(condition or plan.filter)
+        stretch = Stretch.behind(connection, plan, cursor, looks) if narrowed else ALL
+        statement = layout.copy(plans.key_chunk(plan, layout.query, cursor, condition, most, beyond=stretch.beyond))
         blocks, seconds, size, whole = _blocks(connection, statement, layout.block, share=share)
-        ended = whole and sum(block.rows for block in blocks) < most
+        through = whole and sum(block.rows for block in blocks) < most
+        if through and stretch.last:
+            return Chunk(blocks, stretch.last, False, time.monotonic() - began, size, looked=looks)
         last = cursor
-        with suppress(NoLiteral) if ended else nullcontext():
+        with suppress(NoLiteral) if through else nullcontext():
             last = _behind(plan, layout, blocks[-1]) if blocks else cursor
-        return Chunk(blocks, last, ended, seconds, size, odd)
+        return Chunk(blocks, last, through, seconds, size, odd)
     place = plans.ctid_leaf(connection, plan, cursor)
     if place is None:
         return Chunk((), cursor, True, 0.0, 0)

@@ -237,9 +237,12 @@ class Snapshot:
                 read = chunk.read(
                     reader, place.plan, place.layout, place.reached, task.condition,
                     most=most, again=place.again, bounded=place.turn is not None,
-                    width=self._size.width, share=self._bridge.share, looking=self._looking,
+                    looks=self._size.looks, width=self._size.width, share=self._bridge.share, looking=self._looking,
                     awaited=lambda: self._pace.limited or self._durable(place),
                 )  # fmt: skip
+        except psycopg.errors.QueryCanceled:
+            self._size.tired()
+            raise
         except chunk.Gone:
             raise Failed(f"there is no table {spell(*task.name)} any more") from None
         except joined.Refused as error:

@@ -136,16 +136,31 @@ def estimate(connection: psycopg.Connection, plan: Plan) -> int | None:
 
 
 def key_chunk(
-    plan: Plan, columns: sql.Composable, cursor: Cursor | None, condition: str | None, most: int
+    plan: Plan,
+    columns: sql.Composable,
+    cursor: Cursor | None,
+    condition: str | None,
+    most: int,
+    *,
+    beyond: Sequence[str] | None = None,
 ) -> sql.Composed:
-    """At most `most` rows behind `cursor`, {"order": …, "key": texts}; `columns` is what to say of each."""
-    where = _conditions(plan, condition)
-    if cursor and "key" in cursor:
-        behind = sql.SQL("({}) {} ({})")
-        where.append(behind.format(_compared(plan), sql.SQL(plan.greater), _literals(plan, cursor["key"])))
+    """At most `most` rows behind `cursor`, {"order": …, "key": texts}; `columns` is what to say of each.
+
+    Those before the key `beyond`, if there is one: in this form the index knows it as its end.
+    """
+    where = _conditions(plan, condition) + _behind(plan, cursor)
+    if beyond is not None:
+        where.append(_greater(plan, _literals(plan, beyond), _compared(plan)))
     return _select(columns, sql.SQL(plan.quoted), where) + sql.SQL(" ORDER BY {} LIMIT {}").format(
         _ordered(plan), sql.Literal(most)
     )
+
+
+def key_ends(plan: Plan, cursor: Cursor | None, rows: int) -> sql.Composed:
+    """The keys of the last of so many rows behind `cursor`, and of the one behind it; as their types print them."""
+    keys = sql.SQL(", ").join(sql.SQL("pg_catalog.concat({})").format(sql.Identifier(name)) for name in plan.key)
+    select = _select(keys, sql.SQL(plan.quoted), _behind(plan, cursor))
+    return select + sql.SQL(" ORDER BY {} OFFSET {} LIMIT 2").format(_ordered(plan), sql.Literal(rows - 1))
 
 
 def beginning(plan: Plan) -> Cursor:
@@ -252,6 +267,16 @@ def _select(columns: sql.Composable, table: sql.Composable, where: list[sql.Comp
 def _conditions(plan: Plan, condition: str | None) -> list[sql.Composable]:
     # the operator's own SQL, in a read-only transaction
     return [sql.SQL("(") + sql.SQL(it) + sql.SQL(")") for it in (plan.filter, condition) if it]
+
+
+def _behind(plan: Plan, cursor: Cursor | None) -> list[sql.Composable]:
+    if not cursor or "key" not in cursor:
+        return []
+    return [_greater(plan, _compared(plan), _literals(plan, cursor["key"]))]
+
+
+def _greater(plan: Plan, one: sql.Composable, other: sql.Composable) -> sql.Composed:
+    return sql.SQL("({}) {} ({})").format(one, sql.SQL(plan.greater), other)
 
 
 def _compared(plan: Plan) -> sql.Composed:
