@@ -110,6 +110,42 @@ def test_a_value_that_the_stream_did_not_send_is_read_again(prepared: Database) 
     assert (events[-1]["after"]["v"], len(events[-1]["after"]["big"])) == (0, 5000)
 
 
+def test_a_value_that_the_old_row_tells_is_not_read_again(prepared: Database) -> None:
+    prepared.execute("ALTER TABLE thing REPLICA IDENTITY FULL")
+    events = within(prepared, after="UPDATE thing SET v = 0 WHERE id = 5")
+    assert (events[0]["unchanged"], len(events[0]["after"]["big"])) == ([], 5000)
+    assert told(events) == [("update", 5), *(("read", id_) for id_ in (1, 2, 3, 4, 6, 7, 8, 9, 10))]
+
+
+def test_a_hot_row_does_not_stop_its_table(prepared: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes again and again, each time while the sink has not taken the chunk before."""
+    size = chunk.Size(rows=6)  # more rows follow
+    monkeypatch.setattr(chunk, "Size", lambda: size)
+
+    class Hot(Snapshot):
+        changes = 0
+
+        def _change(self) -> None:
+            Hot.changes += 1
+            prepared.execute("UPDATE thing SET v = v + 1 WHERE id = 5")
+
+        def _mark(self, *about: Any, high: Window | None = None, low: Window | None = None) -> State | None:
+            if high and not self.changes:
+                self._change()
+            return super()._mark(*about, high=high, low=low)
+
+        def _until(self, event: threading.Event, window: Window) -> None:
+            super()._until(event, window)
+            if event is window.closed and self.changes < 50:
+                self._change()
+
+    with Forward(prepared, snapshot=[THING], loop=Hot) as forward:
+        finished(forward, "thing")
+        assert Hot.changes < 10
+        (read,) = [it for it in forward.sink.details if (it["op"], it["key"]["id"]) == ("read", 5)]
+    assert len(read["after"]["big"]) == 5000
+
+
 def of_key(database: Database, type_: str, value: str) -> None:
     """Five rows whose key is such a value of n, each with a value that is not sent where it stays."""
     prepare(database, f"CREATE TABLE thing (id {type_} PRIMARY KEY, v int, big text)", "thing")

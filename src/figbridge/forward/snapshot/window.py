@@ -18,7 +18,7 @@ from typing import Final
 
 import orjson
 
-from figbridge.change import Change, Lsn, Operation, Relation
+from figbridge.change import UNCHANGED, Change, Lsn, Operation, Relation
 from figbridge.event import Event
 from figbridge.forward.snapshot.block import Block, Values
 from figbridge.forward.snapshot.layout import Layout
@@ -82,6 +82,7 @@ class Window:
         if after is not None:
             if unsent:
                 after, _ = self.layout.table.settle(after, before)
+                unsent = UNCHANGED in after  # under REPLICA IDENTITY FULL the old row has it
             names.append(self.layout.name(after))
         if before is not None:
             names.append(self.layout.name(before))
