@@ -179,7 +179,11 @@ def mapping_test(path: Path, event: Path, execute: bool) -> None:
 @main.command()
 @_config_option
 @click.argument("tables", nargs=-1, metavar="[TABLE]...")
-@click.option("--where", metavar="SQL", help="Only the rows for which this holds; with exactly one table.")
+@click.option(
+    "--where",
+    metavar="SQL",
+    help="Only the rows for which this holds; with exactly one table. Times without a zone are UTC.",
+)
 @click.option("--pause", is_flag=True, help="Stop reading after the chunk at hand.")
 @click.option("--resume", is_flag=True, help="Go on where it was paused.")
 @click.option("--cancel", is_flag=True, help="Give it up; what has left has left.")

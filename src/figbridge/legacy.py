@@ -122,6 +122,12 @@ def connect(
     return connection
 
 
+def with_settings(dsn: str, settings: str) -> str:
+    """`dsn`, for a session with these settings, ``-c name=value …``."""
+    own = conninfo.conninfo_to_dict(dsn).get("options") or ""
+    return conninfo.make_conninfo(dsn, options=f"{own} {settings}".strip())
+
+
 def direct(connection: psycopg.Connection) -> bool:
     """Whether each statement reaches the same backend, so that it may keep something for us. No pooler is in between.
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Self, get_args
 
@@ -111,6 +112,19 @@ def test_what_is_not_understood_is_refused(prepared: Database, tmp_path: Path, a
     assert result.exit_code == 2
     assert said in result.output
     assert states(prepared) == {}
+
+
+def test_a_condition_is_tried_under_the_settings_that_it_is_read_with(prepared: Database, tmp_path: Path) -> None:
+    prepared.execute(f"ALTER DATABASE {prepared.name} SET datestyle = 'SQL, DMY'")
+    result = snapshot(tmp_path, "thing", "--where", "'31/12/2025'::date < now()")
+    assert (result.exit_code, states(prepared)) == (2, {})
+    assert "date/time field value out of range" in result.output
+    prepared.execute(f"ALTER DATABASE {prepared.name} SET timezone = 'Asia/Tokyo'")
+    utc = "'2026-01-01'::timestamptz = '2026-01-01 00:00+00'"
+    with Forward(prepared, snapshot=()) as forward:
+        assert snapshot(tmp_path, "thing", "--where", f"id = 7 AND {utc}").exit_code == 0
+        finished(forward, "thing")
+        until(lambda: read(forward) == [("thing", 7)], 10, "a time without a zone is UTC")
 
 
 def test_without_its_table_the_remedy_is_named(prepared: Database, tmp_path: Path) -> None:
@@ -270,3 +284,36 @@ def test_metrics_say_how_far_each_table_is(prepared: Database, tmp_path: Path) -
         assert forward.metric("forward_snapshot_rows_total", table=thing) == 9000
         forward.windows.streaming = False  # as while another replica has the slot, and says how far it is
         until(lambda: not state(thing), 20, lambda: f"{state(thing)}")
+
+
+def test_metrics_of_a_table_say_what_is_ordered_while_another_is_read(prepared: Database, tmp_path: Path) -> None:
+    with Forward(prepared, snapshot=[("public", "thing")], rate=100) as forward:  # for 90 s
+        until(lambda: read(forward), 20, "the first chunk")
+        for order, state in [((), "waiting"), (("--pause",), "paused"), (("--cancel",), "cancelled")]:
+            snapshot(tmp_path, "other", *order)
+            about = {"table": "public.other", "state": state}
+            until(partial(forward.metric, "forward_snapshot_state", **about), 10, state)
+        assert states(prepared) == {"thing": "running", "other": "cancelled"}
+
+
+def test_a_table_that_failed_is_read_when_that_is_ordered(prepared: Database, tmp_path: Path) -> None:
+    """Not by a restart; its message says so."""
+    role = f"{prepared.name}_role"
+    prepared.execute(
+        f"CREATE ROLE {role} LOGIN REPLICATION; GRANT USAGE ON SCHEMA figbridge TO {role}; "
+        f"GRANT ALL ON ALL TABLES IN SCHEMA figbridge TO {role}"
+    )
+    dsn = f"{prepared.dsn} user={role}"
+    try:
+        with Forward(prepared, snapshot=[("public", "other")], dsn=dsn):
+            until(lambda: states(prepared) == {"other": "failed"}, 20, lambda: f"{states(prepared)}")
+        prepared.execute(f"GRANT SELECT ON other TO {role}")
+        status = snapshot(tmp_path, "--status").output
+        assert "permission denied" in status
+        (remedy,) = re.findall(r"`figbridge snapshot (\S+)`", status)
+        with Forward(prepared, snapshot=[("public", "other")], dsn=dsn) as forward:
+            snapshot(tmp_path, remedy)
+            finished(forward, "other")
+            until(lambda: read(forward) == [("other", 1)], 10)
+    finally:
+        prepared.execute(f"DROP OWNED BY {role}; DROP ROLE {role}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from figbridge import legacy
-from figbridge.forward.snapshot import chunk, joined, joint, loop, plan
+from figbridge.forward.snapshot import chunk, joined, joint, plan
 from figbridge.forward.snapshot.block import Block, Part, Values
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.source import SETTINGS
@@ -50,7 +50,7 @@ class Reader:
     """Reads the chunks of a table as the snapshot loop does, one way or the other."""
 
     def __init__(self, database: Database, table: str, numbers: Any = "safe") -> None:
-        self.dsn, self.name = loop._with(database.dsn, SETTINGS), ("public", table)
+        self.dsn, self.name = legacy.with_settings(database.dsn, SETTINGS), ("public", table)
         database.execute("DROP PUBLICATION IF EXISTS pub")
         database.execute(f"CREATE PUBLICATION pub FOR TABLE {table}")
         with self.connected() as connection:

@@ -20,6 +20,7 @@ from figbridge import legacy
 from figbridge.config import Config, split_table
 from figbridge.errors import ConfigError, Problem, SetupError
 from figbridge.forward.snapshot.progress import OPEN, Progress, State, Task
+from figbridge.forward.source import SETTINGS
 from figbridge.preflight import catalogue
 from figbridge.preflight.catalogue import Name, quote, spell
 
@@ -43,7 +44,8 @@ def request(config: Config, tables: Sequence[str], condition: str | None) -> tup
     names = _names(config, tables)
     if condition is not None and len(tables) != 1:
         raise ConfigError("which table is --where about?", [Problem("--where", "needs exactly one table", "name it")])
-    with _connected(config) as connection, legacy.translated():
+    settings = "" if condition is None else SETTINGS  # it means what it will to the bridge: a date, say
+    with _connected(config, settings) as connection, legacy.translated():
         if condition is not None:
             _try(connection, names[0], condition)
         progress = Progress(config.legacy.slot)
@@ -189,10 +191,10 @@ def _names(config: Config, tables: Sequence[str]) -> list[Name]:
     return found
 
 
-def _connected(config: Config) -> psycopg.Connection:
+def _connected(config: Config, settings: str = "") -> psycopg.Connection:
     if config.forward is None:
         raise ConfigError("no snapshot without a forward path", [Problem("forward", "is missing", "add it")])
-    dsn = config.legacy.dsn.get_secret_value()
+    dsn = legacy.with_settings(config.legacy.dsn.get_secret_value(), settings)
     connection = legacy.connect(dsn, purpose="snapshot-command", autocommit=True)
     try:
         there = len(catalogue.tables(connection, [(legacy.SCHEMA, it) for it in _TABLES])) == len(_TABLES)

@@ -23,7 +23,6 @@ from typing import Final
 
 import psycopg
 import structlog
-from psycopg import conninfo
 
 from figbridge import legacy
 from figbridge.errors import BridgeError
@@ -87,7 +86,7 @@ class Snapshot:
     def __init__(self, bridge: Bridge, pace: Pace, *, number: int = 1) -> None:
         self.name = f"snapshot-{number}"
         self._bridge = bridge
-        self._dsn = _with(bridge.dsn, f"{SETTINGS} {PROGRESS}")  # values as the walsender prints them
+        self._dsn = legacy.with_settings(bridge.dsn, f"{SETTINGS} {PROGRESS}")  # values as the walsender prints them
         self._standby: Standby | None = None
         self._pace = pace
         self._progress = Progress(bridge.slot)
@@ -134,7 +133,7 @@ class Snapshot:
         if self._bridge.standby is None:
             yield
             return
-        dsn = _with(self._bridge.standby, SETTINGS)
+        dsn = legacy.with_settings(self._bridge.standby, SETTINGS)
         with Standby.opened(dsn, self._bridge.system_identifier()) as self._standby:
             yield
 
@@ -152,8 +151,9 @@ class Snapshot:
             self._fail(connection, task, failure)
 
     def _fail(self, connection: psycopg.Connection, task: Task, failure: BridgeError) -> None:
-        _log.error("snapshot failed", table=spell(*task.name), error=str(failure), hint=failure.hint or None)
-        self._progress.fail(connection, task, str(failure))
+        table = spell(*task.name)
+        _log.error("snapshot failed", table=table, error=str(failure), hint=failure.hint or None)
+        self._progress.fail(connection, task, f"{failure}; mend it, then `figbridge snapshot {table}`")
         self._bridge.metrics.snapshot_failures.inc()
 
     def _walk(self, connection: psycopg.Connection, task: Task) -> None:
@@ -172,6 +172,7 @@ class Snapshot:
             joined.prepare(self._standby.connection if self._standby else connection)
         try:
             while self._more(connection, task, place):
+                self._bridge.claims.show(connection, self._progress, self._bridge.metrics)
                 if self._pace.wait(connection, self._stop):
                     self._forget(place)  # it would note all that comes meanwhile
                 rows = self._step(connection, task, place)
@@ -331,8 +332,3 @@ class Snapshot:
         while not (event.wait(0.1) or window.closed.is_set()):
             if self._stop.is_set():
                 raise Stopped
-
-
-def _with(dsn: str, settings: str) -> str:
-    own = conninfo.conninfo_to_dict(dsn).get("options") or ""
-    return conninfo.make_conninfo(dsn, options=f"{own} {settings}".strip())
