@@ -127,6 +127,17 @@ def test_every_version(each_database: Database) -> None:
     told(each_database, {("high", 2): MOVE})
 
 
+@pytest.mark.parametrize("place", ["low", "high", "closed"])
+def test_into_the_filter_of_the_publication(prepared: Database, place: str) -> None:
+    """The server sends an INSERT, without the value that the update left alone."""
+    prepared.execute("DROP PUBLICATION pub; CREATE PUBLICATION pub FOR TABLE thing WHERE (id <> 25)")
+    skip(prepared)
+    details = told(prepared, {(place, 2): MOVE})
+    (insert,) = [it for it in details if it["op"] == "insert"]
+    assert (insert["key"], insert["unchanged"]) == ({"id": -25}, ["big"])
+    assert reads(details, -25) == [details[-1]]
+
+
 @pytest.mark.parametrize("rules", RULES, ids=str)
 def test_where_there_are_rules(prepared: Database, rules: dict[str, Any]) -> None:
     select = [SelectSection.model_validate({"table": "public.thing", **rules})]

@@ -272,7 +272,8 @@ class Capture:
         event = self._shaped(change)
         if change.unsent or self._shaper.announced or change.operation is Operation.TRUNCATE:
             handover.partial.add(change.relation.oid)
-            if change.before_is_key and self._moves and opened.begin and event is not None:
+            moves = change.before_is_key or change.operation is Operation.INSERT
+            if moves and self._moves and opened.begin and event is not None:
                 handover.moved += filter(None, [self._moves.note(change, opened.begin.commit_lsn)])
         if self._shaper.announced:
             handover.events += self._shaper.announced

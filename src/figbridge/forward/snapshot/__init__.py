@@ -25,7 +25,7 @@ more than that:
 * A row whose event lacks a TOASTed value that the update left alone, or whose event was dropped as an echo of our own:
   the stream wins, but does not tell all. Those rows alone are read again, in a window of their own.
 * A row whose key changes without such a value may go from before the cursor to behind it, where no chunk comes by: the
-  rows with the new keys are read when all others were (`moved`).
+  rows with the new keys are read when all others were (`moved`). So are rows that move into the publication's filter.
 * A TRUNCATE, a changed schema or a lost connection within a window: the chunk is void and is read again.
 
 ACKNOWLEDGEMENT is as for any event: a chunk stands in the buffer at its high watermark's commit, under its ticket. The

@@ -8,6 +8,9 @@ before the cursor, where no read has told it, to behind it, no read will. So suc
     snapshot loop   when all other rows were read, reads those with these keys, some at a time, each time in a window
                     of its own, and forgets them when they are durable (`Moves.turn`)
 
+So are rows that an update moves into the publication's filter: PostgreSQL sends an INSERT without such values. Their
+old key is not known, so after the end of the walk they are not noted, as they are not while there is no snapshot.
+
 Where the cursor was does not matter: a chunk that is repeated after a kill may meet another row at a key than before,
 whose read then has the id that consumers drop.
 
@@ -38,7 +41,7 @@ from psycopg.rows import class_row
 from psycopg.types.json import Json
 
 from figbridge import legacy
-from figbridge.change import UNCHANGED, Change, Lsn, Value
+from figbridge.change import UNCHANGED, Change, Lsn, Operation, Value
 from figbridge.forward.snapshot.block import Block, Part
 from figbridge.forward.snapshot.layout import Layout
 from figbridge.forward.snapshot.progress import HERE, MINE, ONE, OPEN, Progress, Task
@@ -50,7 +53,7 @@ _MOST: Final = 500  # rows that are looked up at once: fewer are read where they
 class Moved(NamedTuple):
     """An update that changed the key of a row of `table`, to `key` (column → text); not all of its values were sent.
 
-    `name` and `was` stand for the new key and the old one: what a key is called.
+    `name` and `was` stand for the new key and the old one: what a key is called. `was` is empty where it is not known.
     """
 
     table: Name
@@ -122,12 +125,18 @@ class Moves:
             self.look(lambda: Progress(self._slot).tasks(connection))
 
     def note(self, change: Change, commit_lsn: Lsn) -> Moved | None:
-        """An update whose old key was sent, and not all of its values; None if nobody needs to know."""
-        _, relation, ordinal, before, _, after, _ = change
+        """An update whose old key was sent, or an insert, and not all of its values; None if nobody needs to know."""
+        operation, relation, ordinal, before, _, after, _ = change
         table = relation.schema, relation.name
-        if table not in self._tables or before is None or after is None:
+        if table not in self._tables or after is None:
             return None
         indexes = [index for index, column in enumerate(relation.columns) if column.is_key]
+        if before is None:
+            if operation is not Operation.INSERT:
+                return None
+            new = [_text(after[it]) for it in indexes]  # sent: an old key with a TOASTed value is in the WAL
+            key = dict(zip([relation.columns[it].name for it in indexes], new, strict=True))
+            return Moved(table, commit_lsn, ordinal, key, _name(new), "")
         old = [_text(before[it]) for it in indexes]
         new = [_text(before[it] if after[it] is UNCHANGED else after[it]) for it in indexes]
         if old == new:
