@@ -1,5 +1,6 @@
 """What happens between the two watermarks: the test writes in the middle of a window, and looks at what leaves."""
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from figbridge.forward.snapshot.loop import Snapshot
 from figbridge.forward.snapshot.progress import State
 from figbridge.forward.snapshot.window import Window
 from fixtures.clock import until
-from fixtures.forward import Forward
+from fixtures.forward import Forward, HeldSink
 from fixtures.postgres import Database
 from fixtures.snapshot import finished, prepare, states
 
@@ -20,6 +21,10 @@ DDL = """
 CREATE TABLE thing (id int PRIMARY KEY, v int, big text);
 ALTER TABLE thing ALTER big SET STORAGE EXTERNAL;
 INSERT INTO thing SELECT n, n, CASE WHEN n = 5 THEN repeat('x', 5000) END FROM generate_series(1, 10) AS n;
+"""
+BY_CTID = """
+ALTER TABLE thing DROP CONSTRAINT thing_pkey, ALTER id SET NOT NULL; CREATE UNIQUE INDEX one ON thing (id DESC);
+ALTER TABLE thing REPLICA IDENTITY USING INDEX one;
 """
 THING = ("public", "thing")
 HASHING = HashSection.model_validate({"key": "correct horse battery"})
@@ -42,6 +47,11 @@ def within(
     database: Database, rules: dict[str, Any] | None = None, *, before: str = "", after: str = ""
 ) -> list[dict[str, Any]]:
     """The events of a snapshot in whose first window this SQL runs, `before` or `after` the chunk is read."""
+    return sent(database, rules, before=before, after=after).details
+
+
+def sent(database: Database, rules: dict[str, Any] | None = None, *, before: str = "", after: str = "") -> HeldSink:
+    """The sink that has them."""
     select = [SelectSection.model_validate({"table": "public.thing", **rules})] if rules else []
     todo = {"low": before, "high": after}
 
@@ -58,7 +68,7 @@ def within(
 
     with Forward(database, snapshot=[THING], loop=Disturbed, select=select, hashing=HASHING) as forward:
         finished(forward, "thing")
-        return forward.sink.details
+        return forward.sink
 
 
 def told(events: list[dict[str, Any]]) -> list[tuple[str, int | None]]:
@@ -117,8 +127,11 @@ def test_a_value_that_the_old_row_tells_is_not_read_again(prepared: Database) ->
     assert told(events) == [("update", 5), *(("read", id_) for id_ in (1, 2, 3, 4, 6, 7, 8, 9, 10))]
 
 
-def test_a_hot_row_does_not_stop_its_table(prepared: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ddl", ["", BY_CTID], ids=["by key", "by ctid"])
+def test_a_hot_row_does_not_stop_its_table(prepared: Database, monkeypatch: pytest.MonkeyPatch, ddl: str) -> None:
     """It changes again and again, each time while the sink has not taken the chunk before."""
+    if ddl:
+        prepared.execute(ddl)
     size = chunk.Size(rows=6)  # more rows follow
     monkeypatch.setattr(chunk, "Size", lambda: size)
 
@@ -142,8 +155,9 @@ def test_a_hot_row_does_not_stop_its_table(prepared: Database, monkeypatch: pyte
     with Forward(prepared, snapshot=[THING], loop=Hot) as forward:
         finished(forward, "thing")
         assert Hot.changes < 10
-        (read,) = [it for it in forward.sink.details if (it["op"], it["key"]["id"]) == ("read", 5)]
-    assert len(read["after"]["big"]) == 5000
+        read = {it["key"]["id"]: it["after"] for it in forward.sink.details if it["op"] == "read"}
+        assert len([it for it in forward.sink.details if it["op"] == "read"]) == len(read) == 10, "each of them once"
+    assert len(read[5]["big"]) == 5000
 
 
 def of_key(database: Database, type_: str, value: str) -> None:
@@ -164,6 +178,23 @@ def test_a_row_that_is_read_again_is_found_by_any_key(database: Database, type_:
         ("update", 0), ("read", 1), ("read", 2), ("read", 4), ("read", 5), ("read", 0),
     ]  # fmt: skip
     assert len(events[-1]["after"]["big"]) == 5000
+
+
+def test_a_row_that_is_read_again_by_ctid_where_no_literal_names_it(database: Database) -> None:
+    """Its chunk is read once more."""
+    of_key(database, "text", "CASE n WHEN 3 THEN '\\x62ff'::bytea::text ELSE n::text END")
+    database.execute(BY_CTID)
+    events = [json.loads(it.detail) for it in sent(database, after="UPDATE thing SET v = 0 WHERE v = 3").events]
+    read = {it["id"]: it["after"] for it in events if it["op"] == "read"}
+    assert sorted((it["v"], len(it["big"])) for it in read.values()) == [(v, 5000) for v in (0, 1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize(("type_", "value"), [("int[]", "ARRAY[n]"), ("jsonb", "to_jsonb('k' || n)")])
+def test_a_row_that_is_read_again_by_ctid_is_found_by_its_key(database: Database, type_: str, value: str) -> None:
+    of_key(database, type_, value)
+    database.execute(BY_CTID)
+    events = within(database, after="UPDATE thing SET v = 0 WHERE v = 3")
+    assert [it["after"]["v"] for it in events] == [0, 1, 2, 4, 5, 0]
 
 
 def test_a_row_that_is_to_be_read_again_and_cannot_be_looked_up_fails_the_table(database: Database) -> None:

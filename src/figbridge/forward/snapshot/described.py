@@ -63,7 +63,7 @@ SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.tex
                    ELSE a.attgenerated = '' OR a.attgenerated = 's' AND p.stored END),
        (SELECT coalesce(json_agg(json_build_object(
                    'primary', i.indisprimary, 'columns', k.columns, 'operators', k.operators, 'order', k.order,
-                   'full', k.full AND i.indisvalid,
+                   'full', k.full AND i.indisvalid, 'searched', k.searched AND i.indisvalid AND ic.relam = 403,
                    'plain', k.plain AND i.indisvalid AND i.indimmediate AND ic.relam = 403,
                    'identity', CASE c.relreplident
                        WHEN 'f' THEN i.indisprimary
@@ -75,6 +75,7 @@ SELECT c.oid::bigint, c.relkind::pg_catalog.text, c.relreplident::pg_catalog.tex
             SELECT array_agg(a.attname ORDER BY x.place) AS columns,
                    bool_and(x.option = 0 AND o.opcdefault AND x.collation_ = a.attcollation
                             AND a.atttypid <> 18) AS plain,
+                   bool_and(x.collation_ = a.attcollation AND a.atttypid <> 18) AS searched,
                    bool_and(a.attnotnull AND NOT EXISTS (
                        SELECT FROM pg_constraint nn WHERE nn.conrelid = a.attrelid AND nn.contype = 'n'
                                                       AND NOT nn.convalidated AND a.attnum = ANY (nn.conkey)

@@ -325,7 +325,7 @@ class Snapshot:
         names, encoders = self._bridge.naming, self._bridge.encoders
         keys, rules = frozenset(found.identity), self._bridge.rules
         table = Table(found.relation, names, encoders, keys, dict(found.type_names), rules=rules)
-        return sanitized.layout(table, keyed=found.keyed, order=found.key)
+        return sanitized.layout(table, keyed=found.keyed, order=found.sought)
 
     def _until(self, event: threading.Event, window: Window) -> None:
         """Wait for the capture loop; a stream that is interrupted voids the window."""

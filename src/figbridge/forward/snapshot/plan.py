@@ -35,9 +35,10 @@ _BLOCKS: Final = 64  # of 8 KiB, that a chunk by ctid looks at, at most: the sor
 class Plan:
     """A table as the catalogue has it now.
 
-    `relation` is what the stream's RELATION message says of it. `key` has the columns that the chunks are ordered by,
-    `types` the quoted base type of each, `greater` and `equal` their operators, `path` the schemas of these if they
-    have no one name; without any, `leaves` are walked by ctid (OID, quoted name). `identity` has the columns that name
+    `relation` is what the stream's RELATION message says of it. `key` has the columns that the chunks are ordered by;
+    without any, `leaves` are walked by ctid (OID, quoted name). `sought` has those that one row is looked up by: the
+    key, or by ctid the identity, if its index finds them; `types` the quoted base type of each, `greater` and `equal`
+    their operators, `path` the schemas of these if they have no one name. `identity` has the columns that name
     a row in events, if `keyed`; if not, some are not published, or may be NULL. `filter` is the publication's.
     `order` is another one where a cursor, or the ids of the rows before it, mean nothing any more: of another table,
     order, or key.
@@ -50,6 +51,7 @@ class Plan:
     keyed: bool
     order: str
     key: tuple[str, ...]
+    sought: tuple[str, ...]
     types: tuple[str, ...]
     greater: str
     equal: str
@@ -87,7 +89,9 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
     usable.sort(key=lambda it: (not it["identity"], not it["primary"]))
     index = usable[0] if usable else None
     order: list[str] = index["columns"] if index else []
-    greater, equal, path = _operators(index["operators"]) if index else ("", "", ())
+    finds = index or (named if named and named["searched"] and named["full"] else None)
+    sought: list[str] = finds["columns"] if finds and set(finds["columns"]) <= by_name.keys() else []
+    greater, equal, path = _operators(finds["operators"]) if finds and sought else ("", "", ())
     leaves = connection.execute(described.LEAVES, [oid, oid]).fetchall() if not order else []
     keyed = named is not None and named["full"] and all(column in by_name for column in identified)
     return Plan(
@@ -103,7 +107,8 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
         keyed=keyed,
         order=f"{oid} by {index['order'] if index else 'ctid'} as {named['order'] if named and keyed else 'values'}",
         key=tuple(order),
-        types=tuple(by_name[it]["written"] for it in order),
+        sought=tuple(sought),
+        types=tuple(by_name[it]["written"] for it in sought),
         greater=greater,
         equal=equal,
         path=path,
@@ -281,13 +286,13 @@ def _greater(plan: Plan, one: sql.Composable, other: sql.Composable) -> sql.Comp
 
 def _compared(plan: Plan) -> sql.Composed:
     """The key's columns. A cast to the type that they have is none."""
-    columns = zip(plan.key, plan.types, strict=True)
+    columns = zip(plan.sought, plan.types, strict=True)
     return sql.SQL(", ").join([sql.SQL("{}::{}").format(sql.Identifier(it), sql.SQL(type_)) for it, type_ in columns])
 
 
 def _ordered(plan: Plan) -> sql.Composed:
     """By the key. A bare name would be the result's column of that name, if it has one: ``to_json``, say."""
-    return sql.SQL(", ").join(sql.Identifier(plan.relation.name, name) for name in plan.key)
+    return sql.SQL(", ").join(sql.Identifier(plan.relation.name, name) for name in plan.sought)
 
 
 def _literals(plan: Plan, texts: Sequence[str]) -> sql.Composed:

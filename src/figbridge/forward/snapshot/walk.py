@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from figbridge.forward.snapshot.chunk import Chunk
-from figbridge.forward.snapshot.layout import Layout
+from figbridge.forward.snapshot.layout import Layout, NoLiteral
 from figbridge.forward.snapshot.moved import Entry, Turn
 from figbridge.forward.snapshot.plan import Cursor, Plan
 from figbridge.forward.snapshot.window import Outcome, Window
@@ -45,10 +45,16 @@ class Place:
         if self.turn:
             self.told, self.again = self.turn.told(self.layout, None if read.end else read.blocks, outcome.again), ()
             return
-        if outcome.again and not self.plan.key:
-            return  # by ctid a row is not found again: the chunk is, with the same ids
+        try:
+            again = [self.layout.keys(row, self.plan.indexes(self.plan.sought)) for row in outcome.again]
+        except NoLiteral:
+            if self.plan.key:
+                raise
+            return
+        if again and not self.plan.sought:
+            return  # a row is not found again: the chunk is, by ctid, with the same ids
+        self.again = again
         self.ended = self.ended or read.end
         self.reached = read.cursor
-        self.again = [self.layout.keys(row, self.plan.indexes(self.plan.key)) for row in outcome.again]
         if not self.again:
             self.noted = self.reached
