@@ -83,7 +83,7 @@ def describe(connection: psycopg.Connection, name: Name, publication: str) -> Pl
     named = next((it for it in indexes if it["identity"]), None)
     identified: list[str] = named["columns"] if named else []
     if identity == "f" and not set(identified) <= by_name.keys():
-        identified = []  # as `figbridge.forward.keys` has it
+        named, identified = None, []  # as `figbridge.forward.keys` has it
     flagged = list(by_name) if identity == "f" else identified
     usable = [it for it in indexes if it["plain"] and it["full"] and all(column in by_name for column in it["columns"])]
     usable.sort(key=lambda it: (not it["identity"], not it["primary"]))
