@@ -31,6 +31,9 @@ SOURCE: Final = "figbridge.canary"  # the inbox source of a canary; no event's s
 
 _ANSWER_POLL = 0.1  # seconds between two looks for the answer
 _PATIENCE = 10.0  # seconds without an answer before the log says what is being waited for
+_BEHIND = "the reverse path starts when the forward path has read up to here; is it running?"
+_PASSED_OVER = "it has confirmed what came behind: is it of the same file, with the same legacy.loop-guard?"
+_PASSED = 6  # times that long after it was confirmed, a canary is given up: a slot that was made anew never had it
 
 
 def origin(slot: str) -> str:
@@ -89,13 +92,14 @@ def answer(dsn: str, nonce: str) -> None:
 
 
 def await_answer(dsn: str, nonce: str, stop: threading.Event) -> bool:
-    """True when the forward path has answered `nonce`, False when its row is gone: there will be no answer.
+    """True when the forward path has answered `nonce`, False when it never will: its row is gone, or passed over.
 
     It waits as long as it takes: while the forward path is down or far behind, consuming would be unproven.
     Raises Stopped, LegacyUnavailable or BridgeError.
     """
-    waited = 0.0
+    waited, passed = 0.0, 0
     with legacy.connect(dsn, purpose="canary", autocommit=True) as connection, legacy.translated():
+        (place,) = connection.execute("SELECT pg_current_wal_lsn()::text").fetchone() or ("0/0",)
         while not stop.wait(_ANSWER_POLL):
             row = connection.execute("SELECT seen_at FROM figbridge.canary WHERE nonce = %s", [nonce]).fetchone()
             if row is None:
@@ -105,12 +109,25 @@ def await_answer(dsn: str, nonce: str, stop: threading.Event) -> bool:
             waited += _ANSWER_POLL
             if waited >= _PATIENCE:
                 waited = 0.0
+                passed = passed + 1 if _confirmed(connection, nonce, place) else 0
+                if passed > _PASSED:
+                    return False
                 _log.warning(
                     "waiting for the forward path to recognise our echo",
                     nonce=nonce,
-                    hint="the reverse path starts when the forward path has read up to here; is it running?",
+                    hint=_PASSED_OVER if passed else _BEHIND,
                 )
     raise Stopped
+
+
+def _confirmed(connection: psycopg.Connection, nonce: str, place: str) -> bool:
+    """Whether the forward path has confirmed the LSN `place`, or its slot began behind it."""
+    row = connection.execute(
+        "SELECT s.confirmed_flush_lsn >= %s::pg_lsn FROM figbridge.canary c "
+        "JOIN pg_replication_slots s ON s.slot_name = c.slot AND s.database = current_database() WHERE c.nonce = %s",
+        [place, nonce],
+    ).fetchone()
+    return bool(row and row[0])
 
 
 def prove(dsn: str, slot: str, stop: threading.Event, guard: Literal["inbox", "message", "origin"] = "inbox") -> None:
@@ -118,6 +135,7 @@ def prove(dsn: str, slot: str, stop: threading.Event, guard: Literal["inbox", "m
     answered = False
     while not answered:
         nonce = persist(lambda: write(dsn, slot, guard), what="write canary", stop=stop)
-        # a replica that started meanwhile has deleted it if the forward path has been away for a day
+        # a replica that started meanwhile has deleted it if the forward path has been away for a day, or the slot was
+        # made anew behind it
         answered = persist(lambda nonce=nonce: await_answer(dsn, nonce, stop), what="await canary", stop=stop)  # type: ignore[misc]
     _log.info("the loop guard is proven", nonce=nonce)

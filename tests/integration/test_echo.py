@@ -141,6 +141,26 @@ def test_a_canary_that_was_deleted_is_written_anew(database: Database) -> None:
             stop.set()
 
 
+def test_a_canary_from_before_a_slot_that_was_made_anew_is_written_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "_PATIENCE", 0.2)
+    published(make_shop(database), "inbox")
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            proof = pool.submit(canary.prove, database.dsn, database.slot, stop)
+            until(lambda: database.execute("SELECT nonce FROM figbridge.canary"), 20, "the canary")
+            database.execute(f"SELECT pg_drop_replication_slot('{database.slot}')")
+            database.create_slot()
+            with forward(database, "inbox") as running:
+                database.execute("SELECT pg_logical_emit_message(true, 'any', 'thing')")  # as heartbeats are
+                canary.answer(database.dsn, running.echo.canaries.get(timeout=20))
+                proof.result(20)
+        finally:
+            stop.set()
+
+
 @pytest.mark.parametrize(("written", "read"), [("inbox", "message"), ("message", "origin"), ("message", "inbox")])
 def test_a_canary_without_its_mark_is_not_answered(database: Database, written: Guard, read: Guard) -> None:
     """The two paths have different files: the reverse path must not start."""
