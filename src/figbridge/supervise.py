@@ -72,7 +72,7 @@ class Supervisor:
     def run(self, loops: Sequence[Loop]) -> None:
         """Run `loops` until `stop`, or until one of them ends. Call from the main thread.
 
-        Raises the failure of the loop that failed, an ExceptionGroup when several did.
+        Raises the failure of the loop that failed, an ExceptionGroup when several failed of different things.
         """
         # daemons: a loop that hangs in a system call must not keep a halted process alive
         self._threads = [
@@ -137,7 +137,8 @@ class Supervisor:
             pass
         except Exception as error:  # noqa: BLE001 (raised again by `run`, in the main thread)
             with self._lock:
-                self._errors.append(error)
+                if (type(error), str(error)) not in [(type(it), str(it)) for it in self._errors]:
+                    self._errors.append(error)  # two may find the same at the same time
             _log.error("loop failed", loop=loop.name, error=str(error))
         finally:
             self.stop.set()  # half a bridge is none: the others must not go on alone

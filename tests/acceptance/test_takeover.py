@@ -136,7 +136,7 @@ def test_a_worker_that_is_frozen_loses_the_slot_and_does_no_harm_when_it_wakes(p
         until(lambda: (pair.holder(), waiter.get("/readyz")[0]) == (taken, 200), 10)
         writers.until_more(40)
         worker.signal(signal.SIGCONT)
-        until(lambda: "what=stream" in worker.log, 20, worker.log)
+        until(lambda: '"what": "stream"' in worker.log, 20, worker.log)
         until_waiting(worker)
         writers.until_more(40)
         assert pair.holder() == taken, "it must wait"

@@ -12,7 +12,7 @@ import pytest
 from figbridge import provision
 from figbridge.change import Lsn
 from figbridge.demo.postgres import EmbeddedPostgres, installations
-from figbridge.forward import guard
+from figbridge.forward import guarded
 from figbridge.forward.guard import SlotGuard
 from figbridge.forward.guarded import GuardedSource
 from figbridge.forward.source import ReplicationSource
@@ -94,7 +94,7 @@ def consumer(details: list[dict[str, Any]]) -> set[int]:
 def test_consumers_end_with_the_rows_of_the_table_and_no_checkpoint_waits(
     version: int, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "_UNREAD", 1.0)
+    monkeypatch.setattr(guarded, "_UNREAD", 1.0)
     if version not in installations():
         pytest.skip(f"no PostgreSQL {version} here")
     with EmbeddedPostgres(version, {"max_slot_wal_keep_size": "64MB", "wal_keep_size": "0"}) as server:

@@ -166,7 +166,7 @@ def test_the_relays_policy_is_what_the_relay_calls_and_on_what() -> None:
 
     transports = Path(__file__).parents[2] / "src/figbridge/transports"
     calls = {
-        name: set(re.findall(r"client\.([a-z_]+)\b", (transports / f"{name}.py").read_text()))
+        name: set(re.findall(r"client\.boto\.([a-z_]+)\b", (transports / f"{name}.py").read_text()))
         for name in ("sqs", "sqs_sink", "eventbridge")
     }
     assert allowed == {
@@ -177,7 +177,7 @@ def test_the_relays_policy_is_what_the_relay_calls_and_on_what() -> None:
 
 
 def _rights(service: str, calls: set[str]) -> set[str]:
-    single = {name.removesuffix("_batch") for name in calls - {"close", "exceptions", "meta"}}
+    single = {name.removesuffix("_batch") for name in calls - {"exceptions", "meta"}}
     return {f"{service}:{''.join(word.capitalize() for word in name.split('_'))}" for name in single}
 
 

@@ -60,6 +60,11 @@ def test_several_failures_are_raised_together() -> None:
     assert {str(error) for error in caught.value.exceptions} == {"one", "two"}
 
 
+def test_what_several_found_alike_is_raised_once() -> None:
+    with pytest.raises(SlotLost, match="gone"):
+        Supervisor(grace=5).run([Failing(SlotLost("gone")), Failing(SlotLost("gone"))])
+
+
 def test_a_signal_that_came_while_it_was_blocked_is_heard() -> None:
     supervisor = Supervisor(grace=5)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -112,6 +112,7 @@ class SlotWatch:
                     self._source.wake()  # what was held back may go now
         except BaseException:
             self._drop()
+            self._next_look = 0.0  # what was not seen is looked for at the next try
             raise
 
     def _connected(self) -> tuple[psycopg.Connection, Place]:

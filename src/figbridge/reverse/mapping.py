@@ -125,7 +125,8 @@ class Mapping:
         statements: Sequence[Statement | Free]
         key: Sequence[Any]
         version = None
-        if "claim_check" in document["detail"] and not self._takes_claim_checks:
+        detail = document.get("detail")
+        if type(detail) is dict and "claim_check" in detail and not self._takes_claim_checks:
             require_rows(document)
         if self._alone is not None:  # nearly always; the key's paths are walked once
             key, statement, version = self._alone.row(document)
